@@ -1,0 +1,45 @@
+# `make help` lists what there is. PYTHON names the interpreter that .venv is made with.
+PYTHON ?= python3
+BIN := .venv/bin
+SCRIPTS := run_parallel.sh make_dummy_data.sh .ci/run
+
+.PHONY: help demo test lint requirements clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+
+demo: .venv/ready ## ten samples (or what is in source_data) to shards and back
+	@ls source_data/* >/dev/null 2>&1 || ./make_dummy_data.sh
+	PYTHON=$(BIN)/python ./run_parallel.sh
+	$(BIN)/python read_webdataset.py --path webdataset_output
+
+test: .venv/ready-dev ## run the test suite
+	PYTHON= $(BIN)/python -m pytest
+
+lint: .venv/ready-dev ## check style, types and shell scripts (needs ShellCheck)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	shellcheck $(SCRIPTS)
+
+requirements: ## pin the requirements anew (needs uv)
+	uv pip compile --quiet --universal --upgrade --no-annotate pyproject.toml \
+	    --custom-compile-command "make requirements" --output-file requirements.txt
+	uv pip compile --quiet --universal --upgrade --no-annotate pyproject.toml --group dev \
+	    --custom-compile-command "make requirements" --constraint requirements.txt \
+	    --output-file requirements-dev.txt
+
+clean: ## remove the packed shards, .venv and caches; source_data stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f webdataset_output/shard-*.tar
+
+.venv/ready: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

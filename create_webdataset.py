@@ -1,0 +1,748 @@
+"""Pack image + text pairs into WebDataset shards: the core that every driver calls.
+
+Sorted samples are dealt like cards: sample i belongs to shard i % total_shards.
+One call of `create_webdataset` packs one shard, so any number of processes, on any
+number of machines, can pack the shards of one dataset side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import heapq
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import stat
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+try:
+    import webdataset as wds
+    from tqdm import tqdm
+    from webdataset.tariterators import base_plus_ext
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
+
+SHARD_PATTERN = re.compile(r"shard-(\d{6})\.tar")
+MAX_SHARDS = 1_000_000
+Progress = Callable[[int], object]  # is told how many more samples are done
+
+CURES = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EFBIG: "a file grew beyond the limit (ulimit -f): use more shards",
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "choose an --output that can be written",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+class Refused(Exception):
+    """Bad input or usage: nothing was written; one line for the user, exit code 2."""
+
+
+class Failed(Exception):
+    """Work that failed: one line for the user, exit code 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line and whose flags are never guessed."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{message} (see --help)")
+
+
+def explain(error: BaseException) -> str:
+    """Say in one line what failed and, where it is known, the cure."""
+    if isinstance(error, OSError) and error.strerror:
+        cure = CURES.get(error.errno or 0)
+        return f"{error.filename!r}: {error.strerror}" + (f"; {cure}" if cure else "")
+    return str(error) or type(error).__name__
+
+
+def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """Turn what a user can cause into one line on stderr and the exit code that goes with it."""
+
+    @functools.wraps(main)
+    def wrapper(argv: Sequence[str] | None = None) -> int:
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # `... | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        except (Refused, Failed, OSError) as error:
+            print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
+            return 2 if isinstance(error, Refused) else 1
+
+    return wrapper
+
+
+# ---------------------------------------------------------------- from files to samples
+
+
+class Listing(NamedTuple):
+    """What a source holds.
+
+    A sample is written as its key. Only where an extension is not spelled in lower case
+    do the spellings of all its fields follow, each after a NUL: "cats/7\\0JPG\\0txt".
+    NUL sorts before every character of a name, so samples sort by key.
+    """
+
+    samples: list[str]
+    skipped: int  # incomplete samples that --skip-incomplete dropped
+    ignored: int  # names that are no part of a sample
+
+
+INCOMPLETE = "samples that lack a field; add it, or drop them with --skip-incomplete"
+DUPLICATE = "files whose key and field another has, in upper or lower case; rename them"
+DOTTED = "names with a dot before the field, which readers take for another key; rename them"
+RESERVED = "names that begin with __, which readers drop; rename them"
+UNREADABLE = "names that are not UTF-8, or that readers cannot split; rename them"
+
+
+def shard_name(shard_id: int) -> str:
+    """Return the file name of a shard: 7 -> 'shard-000007.tar'."""
+    return f"shard-{shard_id:06d}.tar"
+
+
+def parse_fields(text: str) -> tuple[str, ...]:
+    """Return the fields of 'jpg,txt' in the order in which a shard holds them."""
+    fields = text.lower().split(",")
+    for field in fields:
+        if not re.fullmatch(r"[^_./\s][^/\s]*", field) or not is_utf8(field):
+            raise Refused(f"--fields {text!r}: {field!r} cannot be a field; write e.g. jpg,txt")
+    if len(set(fields)) < len(fields):
+        raise Refused(f"--fields {text!r} names a field twice; name each once")
+    return tuple(sorted(fields))
+
+
+def is_utf8(name: str) -> bool:
+    """Tell whether a name is UTF-8 on disk: Python marks all other bytes with surrogates."""
+    return name.isascii() or not re.search("[\ud800-\udfff]", name)
+
+
+def list_samples(
+    source: str | os.PathLike[str],
+    fields: Sequence[str] = ("jpg", "txt"),
+    skip_incomplete: bool = False,
+    shuffle: int | None = None,
+) -> Listing:
+    """List a source, check all of it, and put its samples into the order of the shards.
+
+    Args:
+        source: the folder, listed recursively; hidden names and linked folders are passed over.
+        fields: the required fields, sorted, as `parse_fields` returns them.
+        skip_incomplete: drop and count samples that lack a field instead of refusing them.
+        shuffle: order samples by a hash of this seed and the key, instead of by key.
+
+    Raises:
+        Refused: the source cannot be read, or readers would lose or merge some of its samples.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        raise Refused("file names must be read as UTF-8 to give the same keys; set PYTHONUTF8=1")
+    samples: list[str] = []
+    faults: dict[str, list[str]] = defaultdict(list)
+    ignored = 0
+    folders = [""]
+    while folders:
+        try:
+            ignored += scan_folder(source, folders.pop(), fields, samples, faults, folders)
+        except OSError as error:
+            raise Refused(f"--source cannot be listed: {explain(error)}") from None
+    skipped = len(faults.pop(INCOMPLETE)) if skip_incomplete and INCOMPLETE in faults else 0
+    for problem, names in faults.items():
+        what, _, cure = problem.partition("; ")
+        first = ", ".join(map(repr, heapq.nsmallest(5, names)))
+        raise Refused(f"--source {os.fspath(source)!r} has {what}: {len(names)} ({first}); {cure}")
+    if not samples:
+        cure = "put pairs such as " + " + ".join(f"sample-0.{field}" for field in fields) + " there"
+        if not skipped and not ignored:
+            cure += ", or make some with ./make_dummy_data.sh"
+        raise Refused(f"--source {os.fspath(source)!r} has no complete sample: {cure}")
+    samples.sort()
+    if shuffle is not None:
+        samples.sort(key=functools.partial(shuffle_rank, shuffle))
+    return Listing(samples, skipped, ignored)
+
+
+def scan_folder(
+    source: str | os.PathLike[str],
+    prefix: str,
+    fields: Sequence[str],
+    samples: list[str],
+    faults: dict[str, list[str]],
+    folders: list[str],
+) -> int:
+    """List the folder at `prefix` ("" or "cats/") below source; return how many names it ignores.
+
+    Its samples, faults and folders are added to the lists that are passed in.
+    """
+    bits = {field: 1 << number for number, field in enumerate(fields)}
+    endings = tuple("." + field for field in fields)
+    found: dict[str, int] = {}  # name up to the first dot -> the fields that are there, as bits
+    spelled: dict[str, dict[str, str]] = defaultdict(dict)
+    ignored = 0
+    with os.scandir(os.path.join(source, prefix[:-1]) if prefix else source) as entries:
+        for entry in entries:
+            name = entry.name
+            if name[0] == ".":
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(f"{prefix}{name}/")
+                continue
+            stem, _, extension = name.partition(".")
+            field = extension if extension in bits else extension.lower()
+            if field not in bits:
+                ignored += 1
+                if name.lower().endswith(endings):
+                    faults[DOTTED].append(prefix + name)
+            elif not is_file(entry):
+                found.setdefault(stem, 0)
+            else:
+                if found.get(stem, 0) & bits[field]:
+                    faults[DUPLICATE].append(prefix + name)
+                found[stem] = found.get(stem, 0) | bits[field]
+                if field is not extension:
+                    spelled[stem][field] = extension
+
+    folder_fault = RESERVED if re.match("__[^/]*__/", prefix) else ""
+    if not is_utf8(prefix) or base_plus_ext(f"{prefix}a.b") != (f"{prefix}a", "b"):
+        folder_fault = UNREADABLE
+    for stem, bits_found in found.items():
+        key = prefix + stem
+        if folder_fault:
+            faults[folder_fault].append(key)
+        elif stem.startswith("__"):
+            faults[RESERVED].append(key)
+        elif not is_utf8(stem):
+            faults[UNREADABLE].append(key)
+        elif bits_found + 1 != 1 << len(bits):
+            faults[INCOMPLETE].append(key)
+        elif stem in spelled:
+            samples.append("\0".join([key, *(spelled[stem].get(f, f) for f in fields)]))
+        else:
+            samples.append(key)
+    return ignored
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a regular file or a link to one."""
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads in a circle
+        return False
+
+
+def shuffle_rank(seed: int, sample: str) -> bytes:
+    """Return the place of a sample in the order of --shuffle, the same on every machine."""
+    return hashlib.blake2b(f"{seed}/{sample_key(sample)}".encode()).digest()
+
+
+def check_shards(total_shards: int, samples: int, shard_id: int = 0) -> None:
+    """Refuse shard numbers that cannot be; an empty shard makes some readers fail."""
+    if not 1 <= total_shards <= MAX_SHARDS:
+        raise Refused(f"{total_shards} shards: choose a number from 1 to {MAX_SHARDS:,}")
+    if not 0 <= shard_id < total_shards:
+        raise Refused(f"shard id {shard_id} is outside 0 to {total_shards - 1}")
+    if total_shards > samples:
+        raise Refused(f"{total_shards} shards for {samples} samples: choose at most {samples}")
+
+
+# ---------------------------------------------------------------- from samples to one shard
+
+
+class Shard(NamedTuple):
+    """What packing one shard did."""
+
+    shard_id: int
+    samples: int
+    bytes: int  # size of the tar file
+    proof: str  # ties this very file to the sizes and times that its source files had
+    kept: bool = False  # True where --resume found it finished
+
+
+def sample_key(sample: str) -> str:
+    """Return the key of a sample of a Listing."""
+    return sample.partition("\0")[0]
+
+
+def sample_files(sample: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (field, path below source) of each file of a sample, in the order of `fields`."""
+    key, *spelled = sample.split("\0")
+    for field, extension in zip(fields, spelled or fields, strict=True):
+        yield field, f"{key}.{extension}"
+
+
+def read_file(path: str, source_fd: int) -> tuple[bytes, os.stat_result]:
+    """Return the whole content of a source file, and its status.
+
+    Raises:
+        Failed: it is no regular file any more, or its size changed under our hands.
+    """
+    # O_NONBLOCK: a FIFO that took the file's place must not block the run.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=source_fd)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            data = os.read(fd, status.st_size + 1)
+            if len(data) == status.st_size:
+                return data, status
+        raise Failed(f"{path!r} changed while it was packed; run again when it is at rest")
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(fd)
+
+
+def stamp(status: os.stat_result) -> bytes:
+    """Return what tells a source file from a later version of it."""
+    return b"%d %d " % (status.st_size, status.st_mtime_ns)
+
+
+def create_webdataset(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    shard_id: int,
+    total_shards: int,
+    fields: Sequence[str] = ("jpg", "txt"),
+    skip_incomplete: bool = False,
+    shuffle: int | None = None,
+    samples: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Shard:
+    """Pack one shard: every sample i of the source with i % total_shards == shard_id.
+
+    A sample's members lie side by side, named <key>.<field>, as the format asks
+    (https://github.com/webdataset/webdataset, "The WebDataset Format"); bytes in, bytes out.
+    The shard appears under its name only when it is whole and on the disk.
+
+    Args:
+        source, fields, skip_incomplete, shuffle: see `list_samples`.
+        output: the folder for the shard, made when it is missing.
+        shard_id, total_shards: which shard to pack, 0 <= shard_id < total_shards.
+        samples: this shard's own samples, from a caller that has listed the source already.
+        progress: called with 1 after each sample.
+
+    Raises:
+        Refused: the source or the shard numbers are bad; nothing was written.
+        Failed, OSError: packing failed; no shard appeared.
+    """
+    if samples is None:
+        listing = list_samples(source, fields, skip_incomplete, shuffle)
+        check_shards(total_shards, len(listing.samples), shard_id)
+        samples = listing.samples[shard_id::total_shards]
+        os.makedirs(output, exist_ok=True)
+    # No reader globs this name, and no two attempts at the same shard share it.
+    partial = os.path.join(output, f".shard-{shard_id:06d}-{secrets.token_hex(4)}")
+    proof = hashlib.blake2b(digest_size=16)
+    source_fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with open(partial, "xb") as stream:
+            with wds.TarWriter(stream, encoder=False, mtime=0) as sink:
+                for sample in samples:
+                    data = {}
+                    for field, path in sample_files(sample, fields):
+                        data[field], status = read_file(path, source_fd)
+                        proof.update(stamp(status))
+                    sink.write({"__key__": sample_key(sample), **data})
+                    if progress:
+                        progress(1)
+            stream.flush()
+            os.fsync(stream.fileno())
+            shard_status = os.fstat(stream.fileno())
+        os.rename(partial, os.path.join(output, shard_name(shard_id)))
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        if isinstance(error, OSError):  # a failed write names no file, a failed read half a path
+            error.filename = os.path.join(source, error.filename) if error.filename else partial
+        raise
+    finally:
+        os.close(source_fd)
+    proof.update(b"%d" % shard_status.st_ino)
+    return Shard(shard_id, len(samples), shard_status.st_size, proof.hexdigest())
+
+
+# ---------------------------------------------------------------- from shards to a dataset
+
+STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
+MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
+LOCK = ".webdataset.lock"
+INTERRUPTED = "publishing was interrupted; run the same command again"
+
+
+class Run(NamedTuple):
+    """One run: the listing that its workers share, and the folder that its shards go to."""
+
+    staging: str
+    source: str
+    fields: Sequence[str]
+    total_shards: int
+    samples: Sequence[str]
+    skipped: int
+    ignored: int
+    started: float  # seconds since the epoch
+
+    def shard_samples(self, shard_id: int) -> Sequence[str]:
+        """Return the samples of one shard."""
+        return self.samples[shard_id :: self.total_shards]
+
+
+def plan_run(args: argparse.Namespace) -> Run:
+    """Check everything that a run needs; nothing is written.
+
+    Args:
+        args: the flags of `add_pack_arguments`.
+
+    Raises:
+        Refused: bad input.
+    """
+    started = time.time()
+    for name in ("source", "output", "total_shards"):
+        if getattr(args, name) is None:
+            raise Refused(f"--{name.replace('_', '-')} is required (see --help)")
+    fields = parse_fields(args.fields)
+    source, output = os.path.abspath(args.source), os.path.abspath(args.output)
+    listing = list_samples(source, fields, args.skip_incomplete, args.shuffle)
+    check_shards(args.total_shards, len(listing.samples))
+    check_output(output, source, fields)
+    staging = os.path.join(output, STAGING + secrets.token_hex(8))
+    return Run(staging, source, fields, args.total_shards, *listing, started)
+
+
+def start_run(run: Run, resume: bool) -> None:
+    """Lock the output and make the staging folder of a run; finish or clear what others left.
+
+    Raises:
+        Failed: another run is packing into this output.
+    """
+    output = os.path.dirname(run.staging)
+    os.makedirs(output, exist_ok=True)
+    lock_output(output)
+    remove_partials(output)
+    for old in staging_folders(output):
+        if os.path.exists(os.path.join(old, MARKER)):
+            publish_shards(old, load_run(old).total_shards)
+        elif resume and not os.path.exists(run.staging) and same_run(old, run):
+            remove_partials(old)
+            os.rename(old, run.staging)  # a late writer of the old run finds its folder gone
+        else:
+            shutil.rmtree(old)
+    os.makedirs(run.staging, exist_ok=True)
+    with open(os.path.join(run.staging, "run.json"), "w", encoding="utf-8") as stream:
+        json.dump(run, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def load_run(staging: str) -> Run:
+    """Read the run that `start_run` left in a staging folder."""
+    with open(os.path.join(staging, "run.json"), encoding="utf-8") as stream:
+        return Run(staging, *json.load(stream)[1:])
+
+
+def check_output(output: str, source: str, fields: Sequence[str]) -> None:
+    """Refuse an output in which shards cannot take, or would harm, what has their names."""
+    if "tar" in fields and f"{output}/".startswith(f"{source}/"):
+        raise Refused(f"--output {output!r} is inside --source, whose tars it could replace")
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(output):
+            if SHARD_PATTERN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                raise Refused(f"{entry.path!r} is a folder with a shard's name; move it away")
+
+
+def lock_output(output: str) -> None:
+    """Take the lock of an output, for this process and those that inherit the descriptor.
+
+    It is gone as soon as the last of them ends, however it ends.
+
+    Raises:
+        Failed: another run holds it.
+    """
+    path = os.path.join(output, LOCK)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failed(
+                f"another run is packing into {output!r}; wait for it, or stop it"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                os.set_inheritable(fd, True)
+                return
+        os.close(fd)  # the run that held it has just ended and removed the file
+
+
+def staging_folders(output: str | os.PathLike[str]) -> list[str]:
+    """Return the staging folders that runs have left in an output."""
+    with os.scandir(output) as entries:
+        return [
+            entry.path
+            for entry in entries
+            if re.fullmatch(re.escape(STAGING) + "[0-9a-f]{16}", entry.name)
+            and entry.is_dir(follow_symlinks=False)
+        ]
+
+
+def interrupted_publishing(output: str | os.PathLike[str]) -> bool:
+    """Tell whether a run ended while its shards replaced the previous ones."""
+    return any(os.path.exists(os.path.join(old, MARKER)) for old in staging_folders(output))
+
+
+def same_run(old: str, run: Run) -> bool:
+    """Tell whether the shards of an old staging folder can be kept; if not, say what differs."""
+    try:
+        before = load_run(old)
+    except (OSError, ValueError):
+        return False  # it ended before it packed anything
+    differs = [
+        what
+        for what, was, now in (
+            ("--fields", tuple(before.fields), tuple(run.fields)),
+            ("number of shards", before.total_shards, run.total_shards),
+            ("samples, or --shuffle", before.samples, run.samples),
+        )
+        if was != now
+    ]
+    if differs:
+        print(f"not resumed but packed afresh: other {', '.join(differs)}", file=sys.stderr)
+    return not differs
+
+
+def remove_partials(folder: str) -> None:
+    """Remove what killed attempts left of shards they had not finished."""
+    for entry in os.scandir(folder):
+        if re.fullmatch(r"\.shard-\d{6}-[0-9a-f]{8}", entry.name):
+            os.unlink(entry.path)
+
+
+def pack_shard(
+    run: Run, shard_id: int, samples: Sequence[str], progress: Progress | None = None
+) -> Shard:
+    """Pack one shard into the staging folder of a run, unless --resume finds it finished there.
+
+    Args:
+        run: the run; its own `samples` are not looked at, so a driver may leave them out.
+        samples: the shard's samples.
+    """
+    packed = os.path.join(run.staging, shard_name(shard_id))
+    record = packed + ".proof"
+    with contextlib.suppress(OSError):
+        status = os.stat(packed)
+        recorded = Path(record).read_text(encoding="ascii")
+        proof = hashlib.blake2b(digest_size=16)
+        for sample in samples:
+            for _, path in sample_files(sample, run.fields):
+                proof.update(stamp(os.stat(os.path.join(run.source, path))))
+        proof.update(b"%d" % status.st_ino)
+        if proof.hexdigest() == recorded:
+            return Shard(shard_id, len(samples), status.st_size, recorded, kept=True)
+    shard = create_webdataset(
+        run.source,
+        run.staging,
+        shard_id,
+        run.total_shards,
+        run.fields,
+        False,
+        None,
+        samples,
+        progress,
+    )
+    Path(record).write_text(shard.proof, encoding="ascii")
+    return shard
+
+
+def report(shard: Shard) -> str:
+    """Return the line that says what became of a shard."""
+    verb = "kept" if shard.kept else "created"
+    return f"Shard {shard.shard_id} {verb} with {shard.samples} samples."
+
+
+def finish_run(run: Run) -> str:
+    """Put the shards of a run in the place of the previous dataset; return the summary line.
+
+    Raises:
+        Failed: shards are missing; the previous dataset is untouched.
+    """
+    sizes, missing = [], []
+    for shard_id in range(run.total_shards):
+        try:
+            sizes.append(os.stat(os.path.join(run.staging, shard_name(shard_id))).st_size)
+        except FileNotFoundError:
+            missing.append(str(shard_id))
+    if missing:
+        raise Failed(
+            f"not packed: shards {', '.join(missing)}; the previous dataset is untouched; "
+            "run again with --resume to pack just these"
+        )
+    # A Ctrl-C now would leave a dataset that is neither the old one nor the new one.
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    with open(os.path.join(run.staging, MARKER), "xb"):
+        sync_folder(run.staging)
+    publish_shards(run.staging, run.total_shards)
+    os.unlink(os.path.join(os.path.dirname(run.staging), LOCK))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    return (
+        f"{len(run.samples):,} samples in {len(sizes):,} shards, {sum(sizes):,} bytes "
+        f"(mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
+        f"in {time.time() - run.started:.1f} s; "
+        f"{run.ignored:,} names ignored, {run.skipped:,} incomplete samples skipped"
+    )
+
+
+def publish_shards(staging: str, total_shards: int) -> None:
+    """Move shards to their final place; what is moved already, by a run cut short, stays."""
+    output = os.path.dirname(staging)
+    for shard_id in range(total_shards):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(
+                os.path.join(staging, shard_name(shard_id)),
+                os.path.join(output, shard_name(shard_id)),
+            )
+    for name in os.listdir(output):
+        match = SHARD_PATTERN.fullmatch(name)
+        if match and int(match[1]) >= total_shards:  # of an earlier, larger dataset
+            os.unlink(os.path.join(output, name))
+    sync_folder(output)
+    os.unlink(os.path.join(staging, MARKER))
+    shutil.rmtree(staging)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Put the names in a folder on the disk, as fsync does for the content of a file."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that mean the same in the core and in every driver."""
+    parser.add_argument("--source", help="folder of the raw files, listed recursively")
+    parser.add_argument("--output", help="folder for the shards")
+    parser.add_argument(
+        "--fields", default="jpg,txt", help="the fields of a sample (default: jpg,txt)"
+    )
+    parser.add_argument(
+        "--skip-incomplete", action="store_true", help="drop samples that lack a field"
+    )
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle before sharding")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line of this script."""
+    parser = Parser(description="Pack one shard (or every K-th) of a folder of samples.")
+    add_pack_arguments(parser)
+    parser.add_argument("--shard-id", type=int, metavar="I", help="the shard to pack, from 0")
+    parser.add_argument("--total-shards", type=int, metavar="N", help="number of shards")
+    parser.add_argument("--shard-step", type=int, metavar="K", help="pack shards I, I+K, I+2K, ...")
+    steps = parser.add_argument_group("steps of a driver, before and after its workers")
+    steps.add_argument(
+        "--resume", action="store_true", help="keep what an interrupted run finished"
+    )
+    steps.add_argument(
+        "--start",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="check, lock and stage a run, then become COMMAND STAGING",
+    )
+    steps.add_argument(
+        "--run", metavar="STAGING", help="pack shards of the run that is staged there"
+    )
+    steps.add_argument(
+        "--publish", metavar="STAGING", help="put a run's shards in their final place"
+    )
+    return parser
+
+
+def pack_shards(args: argparse.Namespace) -> int:
+    """Pack shards I, I+K, ... of a staged run, or straight into --output, and report each."""
+    if args.run:
+        run = load_run(args.run)
+    else:
+        run = plan_run(args)._replace(staging=os.path.abspath(args.output))
+        check_shards(run.total_shards, len(run.samples), args.shard_id)
+        if args.shard_step is not None and args.shard_step < 1:
+            raise Refused(f"--shard-step {args.shard_step}: not a number from 1")
+        os.makedirs(run.staging, exist_ok=True)
+        if interrupted_publishing(run.staging):
+            raise Failed(INTERRUPTED)
+    shard_ids = range(args.shard_id, run.total_shards, args.shard_step or run.total_shards)
+    todo = sum(len(run.shard_samples(shard_id)) for shard_id in shard_ids)
+    driver, failed = os.getppid(), 0
+    with tqdm(total=todo, unit=" samples", position=args.shard_id, disable=None) as bar:
+        for shard_id in shard_ids:
+            if os.getppid() != driver:
+                raise Failed("the driver is gone, so its workers stop")
+            samples = run.shard_samples(shard_id)
+            try:
+                if args.run:
+                    shard = pack_shard(run, shard_id, samples, bar.update)
+                else:
+                    shard = create_webdataset(
+                        run.source,
+                        run.staging,
+                        shard_id,
+                        run.total_shards,
+                        run.fields,
+                        samples=samples,
+                        progress=bar.update,
+                    )
+                bar.write(report(shard))
+            except (Failed, OSError) as error:
+                failed += 1
+                bar.write(f"Shard {shard_id} failed: {explain(error)}", file=sys.stderr)
+    if not args.run:
+        sync_folder(run.staging)
+    return 1 if failed else 0
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; see --help."""
+    args = build_parser().parse_args(argv)
+    if args.publish:
+        print(finish_run(load_run(args.publish)))
+    elif args.start:
+        run = plan_run(args)
+        start_run(run, args.resume)
+        os.execvp(args.start[0], [*args.start, run.staging])
+    elif args.shard_id is None:
+        raise Refused("--shard-id is required (see --help)")
+    else:
+        return pack_shards(args)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

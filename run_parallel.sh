@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Pack a folder of samples into WebDataset shards, with background processes on this machine.
+set -euo pipefail
+
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+core=$here/create_webdataset.py
+python=${PYTHON:-$here/.venv/bin/python}
+[[ -n ${PYTHON:-} || -x $python ]] || python=python3
+
+usage() {
+  cat <<'EOF'
+usage: run_parallel.sh [options]
+
+Pack a folder of samples into WebDataset shards, with background processes on this machine.
+
+  --source DIR        folder of the raw files, listed recursively (default: source_data)
+  --output DIR        folder for the shards (default: webdataset_output)
+  --num-workers N     background processes (default: 4)
+  --num-shards N      shards (default: as many as workers)
+  --resume            keep the shards that an interrupted run finished
+  --fields A,B        the fields of a sample (default: jpg,txt)
+  --skip-incomplete   drop samples that lack a field
+  --shuffle SEED      shuffle before sharding
+EOF
+}
+
+refuse() {
+  printf 'run_parallel.sh: error: %s (see --help)\n' "$1" >&2
+  exit 2
+}
+
+main() {
+  local source=$here/source_data output=$here/webdataset_output workers=4 shards='' options=()
+  while (($#)); do
+    case $1 in
+      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
+      -h | --help) usage && exit ;;
+      --resume | --skip-incomplete) options+=("$1") && shift && continue ;;
+    esac
+    (($# > 1)) || refuse "unknown flag, or flag without its value: $1"
+    case $1 in
+      --source) source=$2 ;;
+      --output) output=$2 ;;
+      --num-workers) workers=$2 ;;
+      --num-shards) shards=$2 ;;
+      --fields | --shuffle) options+=("$1=$2") ;;
+      *) refuse "unknown flag: $1" ;;
+    esac
+    shift 2
+  done
+  : "${shards:=$workers}"
+  [[ $workers =~ ^[1-9][0-9]{0,6}$ ]] || refuse "--num-workers $workers: not a number from 1"
+  [[ $shards =~ ^[1-9][0-9]{0,6}$ ]] || refuse "--num-shards $shards: not a number from 1"
+
+  # Python checks everything, takes the lock of the output, and becomes this script again, which
+  # holds the lock from then on, as do its workers: the way of flock(1).
+  exec "$python" "$core" --source="$source" --output="$output" --total-shards="$shards" \
+    ${options[@]+"${options[@]}"} \
+    --start "$BASH" "${BASH_SOURCE[0]}" --staged "$((workers < shards ? workers : shards))"
+}
+
+stop() {
+  trap '' INT TERM HUP
+  local pid
+  for pid in $(jobs -p); do
+    kill "$pid" 2>/dev/null || true
+  done
+  wait
+  echo 'run_parallel.sh: stopped; the previous dataset is untouched; --resume continues' >&2
+  exit "$1"
+}
+
+pack() { # workers staging
+  local workers=$1 staging=$2 pids=() i code summary
+  trap 'stop 130' INT
+  trap 'stop 143' TERM
+  trap 'stop 129' HUP
+  for ((i = 0; i < workers; i++)); do
+    "$python" "$core" --run "$staging" --shard-id "$i" --shard-step "$workers" &
+    pids[i]=$!
+  done
+  for ((i = 0; i < workers; i++)); do
+    code=0
+    wait "${pids[i]}" || code=$?
+    ((code < 2)) || echo "run_parallel.sh: worker $i ended with exit code $code" >&2
+  done
+  summary=$("$python" "$core" --publish "$staging") # fails, and names them, if shards are missing
+  printf 'All shards created.\n%s\n' "$summary"
+}
+
+if [[ ${1-} == --staged ]]; then
+  pack "$2" "$3"
+else
+  main "$@"
+fi

@@ -1,0 +1,347 @@
+"""The core: what is refused, how samples become shards, and that bytes in are bytes out."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+from conftest import hashes, members, run_script, write_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext
+
+import create_webdataset as core
+
+
+def pack(source: Path, output: Path, *flags: str, total: int = 1) -> int:
+    """Pack all shards of a source in this process."""
+    argv = ["--source", str(source), "--output", str(output), "--total-shards", str(total)]
+    return core.main([*argv, "--shard-id", "0", "--shard-step", "1", *flags])
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode("utf-8", "surrogateescape"))
+
+
+def fifo(folder: Path) -> None:
+    touch(folder, "a.txt")
+    os.mkfifo(folder / "a.jpg")
+
+
+def dangling(folder: Path) -> None:
+    touch(folder, "a.txt")
+    (folder / "a.jpg").symlink_to("nowhere")
+
+
+def circle(folder: Path) -> None:
+    touch(folder, "a.txt")
+    (folder / "a.jpg").symlink_to("a.jpg")
+
+
+def listener(folder: Path) -> None:
+    touch(folder, "a.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.getcwd()
+        os.chdir(folder)  # a socket's path must be short
+        server.bind("a.jpg")
+        os.chdir(here)
+
+
+def files(*names: str):
+    return lambda folder: touch(folder, *names)
+
+
+PAIR = files("a.jpg", "a.txt")
+REFUSED = [
+    # what the source holds, flags, what the message says
+    (lambda folder: folder.rmdir(), [], "No such file"),
+    (lambda folder: (folder.rmdir(), folder.write_text("x")), [], "Not a directory"),
+    (files(), [], "make_dummy_data.sh"),
+    (files(".hidden.jpg", ".hidden.txt"), [], "make_dummy_data.sh"),
+    (files("a.png", "notes"), [], "sample-0.jpg .+ sample-0.txt"),
+    (files("a.jpg", "a.txt", "b.jpg"), [], "lack a field: 1 .'b'."),
+    (files(*(f"{n}.txt" for n in range(7))), [], "lack a field: 7 .'0', '1', '2', '3', '4'."),
+    (files(*(f"{n}.txt" for n in range(7))), ["--skip-incomplete"], "no complete sample"),
+    (files("a.jpg", "b.txt", "d/a.txt"), [], "lack a field: 3"),
+    (files("a.jpg", "a.txt", "a.jpg.d/x"), ["--fields", "jpg,txt,cls"], "lack a field: 1 .'a'."),
+    (fifo, [], "lack a field: 1 .'a'."),
+    (dangling, [], "lack a field: 1 .'a'."),
+    (circle, [], "lack a field: 1 .'a'."),
+    (listener, [], "lack a field: 1 .'a'."),
+    (files("a.txt", "a.jpg/x"), [], "lack a field: 1 .'a'."),
+    (files("photo.2020.jpg", "photo.2020.txt"), [], "dot before the field.*'photo.2020.jpg'"),
+    (files("a.jpg", "a.txt", "b/a.b.JPG"), [], "dot before the field.*'b/a.b.JPG'"),
+    (files("a.jpg.jpg", "a.txt"), [], "dot before the field"),
+    (files("__a.jpg", "__a.txt"), [], "begin with __, .*'__a'"),
+    (files("d/__a.jpg", "d/__a.txt"), [], "begin with __, .*'d/__a'"),
+    (files("__d__/a.jpg", "__d__/a.txt"), [], "begin with __, .*'__d__/a'"),
+    (files("a.JPG", "a.jpg", "a.txt"), [], "key and field another has.*: 1 .'a.(jpg|JPG)'."),
+    (files("a.jpg", "a.txt", "b\udcff.jpg", "b\udcff.txt"), [], "not UTF-8"),
+    (files("d\udcff/a.jpg", "d\udcff/a.txt"), [], "not UTF-8"),
+    (files("d.e\nf/a.jpg", "d.e\nf/a.txt"), [], "readers cannot split"),
+    (PAIR, ["--fields", ""], "cannot be a field"),
+    (PAIR, ["--fields", "jpg,"], "cannot be a field"),
+    (PAIR, ["--fields", "jpg,jpg"], "twice"),
+    (PAIR, ["--fields", "jpg,JPG"], "twice"),
+    (PAIR, ["--fields", "a/b"], "cannot be a field"),
+    (PAIR, ["--fields", "jpg, txt"], "cannot be a field"),
+    (PAIR, ["--fields", "jpg\n"], "cannot be a field"),
+    (PAIR, ["--fields", "_jpg"], "cannot be a field"),
+    (PAIR, ["--fields", ".jpg"], "cannot be a field"),
+    (PAIR, ["--total-shards", "0"], "choose a number"),
+    (PAIR, ["--total-shards", "-1"], "choose a number"),
+    (PAIR, ["--total-shards", "1000001"], "choose a number"),
+    (PAIR, ["--total-shards", "2"], "2 shards for 1 samples"),
+    (PAIR, ["--total-shards", "x"], "invalid int"),
+    (PAIR, ["--shard-id", "1"], "outside 0 to 0"),
+    (PAIR, ["--shard-id", "-1"], "outside 0 to 0"),
+    (PAIR, ["--shard-step", "0"], "--shard-step"),
+    (PAIR, ["--sourc", "x"], "unrecognized arguments"),
+]
+
+
+@pytest.mark.parametrize("row", range(len(REFUSED)))
+@pytest.mark.parametrize("step", ["pack", "start"])
+def test_refused(row: int, step: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make, flags, message = REFUSED[row]
+    if step == "start" and "--shard" in "".join(flags):
+        pytest.skip("a start has no shard id")
+    source, output = tmp_path / "source", tmp_path / "new" / "output"
+    source.mkdir()
+    make(source)
+    start = ["--start", "false"] if step == "start" else []
+    assert pack(source, output, *flags, *start) == 2
+    out, err = capfd.readouterr()
+    assert not out
+    assert re.search(message, err) and err.count("\n") == 1, err
+    assert not (tmp_path / "new").exists()
+
+
+def test_unreadable_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root reads everything")
+    source = write_pairs(tmp_path / "source", 2)
+    (source / "d").mkdir(mode=0)
+    assert pack(source, tmp_path / "output") == 2
+    assert "Permission denied" in capfd.readouterr().err
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("missing", ["--source", "--output", "--total-shards", "--shard-id"])
+def test_required_flags(missing: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = {"--source": str(tmp_path), "--output": "o", "--total-shards": "1", "--shard-id": "0"}
+    del flags[missing]
+    assert core.main([part for pair in flags.items() for part in pair]) == 2
+    assert f"{missing} is required" in capfd.readouterr().err
+
+
+ODD_NAMES = [
+    "with space", "quote'\"", "new\nline", "#", "?", ";", "{a,b}", "{0,1}{2}", "a::b", "~", "$HOME",
+    "-rf", "naïve", "日本語", "👍🏽",
+    "x" * 180, "é" * 100, "a:b", "run:1", "%41", "\\", "*", "\x01\x7f",
+    "..a/..b/c", "a.b/c.d/e", "folder.jpg/x", "UPPER", "a/b/c/d/e/f", "__almost", "e\u0301",
+]  # fmt: skip
+
+
+def test_odd_names_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that shells, URLs, glob or tar treat in a special way are names like any other."""
+    source = tmp_path / "source"
+    keys = sorted(
+        (name for name in ODD_NAMES if not name.startswith(("__", ".."))),
+        key=lambda key: key.encode(),
+    )
+    for key in keys:
+        touch(source, f"{key}.jpg", f"{key}.TxT")
+    assert pack(source, tmp_path / "output", total=3) == 0
+    expected = {f"{key}.{field}": None for key in keys for field in ("jpg", "txt")}
+    found: dict[str, bytes] = {}
+    for shard_id in range(3):
+        shard = tmp_path / "output" / core.shard_name(shard_id)
+        content = members(shard)
+        assert list(content) == [
+            f"{key}.{field}" for key in keys[shard_id::3] for field in ("jpg", "txt")
+        ]
+        found |= content
+        monkeypatch.chdir(shard.parent)
+        dataset = wds.WebDataset([shard.name], shardshuffle=False)
+        assert [sample["__key__"] for sample in dataset] == keys[shard_id::3]
+    assert found.keys() == expected.keys()
+    for name, data in found.items():
+        stem, _, extension = name.rpartition(".")
+        assert data.decode() == f"{stem}.{'TxT' if extension == 'txt' else extension}"
+
+
+@pytest.mark.parametrize("name", ["with 'quotes\" $(x)", "a#b?c;d", "run:1", "{0..3}", "ü", "x::y"])
+def test_odd_output_folders(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_pairs(tmp_path / "source", 5)
+    monkeypatch.chdir(tmp_path)
+    assert pack(source, Path(name) / "deeper", total=2) == 0
+    assert sorted(os.listdir(Path(name) / "deeper")) == ["shard-000000.tar", "shard-000001.tar"]
+
+
+def test_modulo_worked_example(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ten samples in four shards: sorted by key, sample i goes to shard i % 4."""
+    source = write_pairs(tmp_path / "source", 10)
+    assert pack(source, tmp_path / "output", total=4) == 0
+    shards = [list(members(path)) for path in sorted((tmp_path / "output").iterdir())]
+    assert [[name[7:-4] for name in names[::2]] for names in shards] == [
+        ["0", "4", "8"],
+        ["1", "5", "9"],
+        ["2", "6"],
+        ["3", "7"],
+    ]
+    assert capfd.readouterr().out.splitlines() == [
+        "Shard 0 created with 3 samples.",
+        "Shard 1 created with 3 samples.",
+        "Shard 2 created with 2 samples.",
+        "Shard 3 created with 2 samples.",
+    ]
+
+
+def test_function_returns_what_it_did(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 5)
+    shard = core.create_webdataset(source, tmp_path / "output", 1, 2)
+    assert (shard.shard_id, shard.samples, shard.kept) == (1, 2, False)
+    assert shard.bytes == (tmp_path / "output" / "shard-000001.tar").stat().st_size
+    with pytest.raises(core.Refused):
+        core.create_webdataset(source, tmp_path / "output", 2, 2)
+
+
+def test_union_is_the_source(source_1003: Path, tmp_path: Path) -> None:
+    """Nothing lost, nothing doubled, sizes within one; and system tar gives the files back."""
+    assert pack(source_1003, tmp_path / "output", total=5) == 0
+    shards = sorted((tmp_path / "output").iterdir())
+    counts = [len(members(shard)) // 2 for shard in shards]
+    assert sum(counts) == 1_003 and max(counts) - min(counts) <= 1
+    (tmp_path / "back").mkdir()
+    for shard in shards:
+        subprocess.run(["tar", "-xf", shard, "-C", tmp_path / "back"], check=True)
+    assert hashes(tmp_path / "back") == hashes(source_1003)
+
+
+def test_same_bytes_as_webdataset(source_1003: Path, tmp_path: Path) -> None:
+    shard = core.create_webdataset(source_1003, tmp_path, 3, 7)
+    keys = sorted(path.stem for path in source_1003.glob("*.jpg"))[3::7]
+    expected = io.BytesIO()
+    with wds.TarWriter(expected, encoder=False, mtime=0) as sink:
+        for key in keys:
+            data = {
+                field: (source_1003 / f"{key}.{field}").read_bytes() for field in ("jpg", "txt")
+            }
+            sink.write({"__key__": key, **data})
+    assert (tmp_path / "shard-000003.tar").read_bytes() == expected.getvalue()
+    assert shard.samples == len(keys)
+
+
+def test_fields_and_incomplete(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    touch(source, "a.seg.PNG", "a.json", "b.json", "c.seg.png", "c.json", "d.txt")
+    assert pack(source, tmp_path / "o", "--fields", "seg.png,json", "--skip-incomplete") == 0
+    assert list(members(tmp_path / "o" / "shard-000000.tar")) == [
+        "a.json",
+        "a.seg.png",
+        "c.json",
+        "c.seg.png",
+    ]
+    assert core.list_samples(source, ("json", "seg.png"), True) == core.Listing(
+        ["a\0json\0seg.PNG", "c"], skipped=1, ignored=1
+    )
+
+
+def test_links_to_files_are_files(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    touch(source, "a.txt", "d/b.txt", "d/b.jpg")
+    touch(elsewhere, "picture")
+    (source / "a.jpg").symlink_to(elsewhere / "picture")
+    (source / "linked").symlink_to(source / "d")
+    assert pack(source, tmp_path / "o") == 0
+    content = members(tmp_path / "o" / "shard-000000.tar")
+    assert list(content) == ["a.jpg", "a.txt", "d/b.jpg", "d/b.txt"]
+    assert content["a.jpg"] == b"picture"
+
+
+def test_shuffle_is_a_permutation_that_the_seed_decides(source_1003: Path) -> None:
+    plain = core.list_samples(source_1003).samples
+    first, again, other = (
+        core.list_samples(source_1003, shuffle=seed).samples for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert plain != first
+    assert plain == sorted(first) == sorted(other)
+    assert core.list_samples(source_1003, shuffle=7).samples[:3] == [
+        "sample-137",
+        "sample-993",
+        "sample-268",
+    ], "the order must never change: people rely on it"
+
+
+def test_two_runs_same_bytes(source_1003: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert pack(source_1003, tmp_path / name, "--shuffle", "3", total=4) == 0
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
+def test_other_files_in_output_stay(tmp_path: Path) -> None:
+    source, output = write_pairs(tmp_path / "source", 4), tmp_path / "output"
+    touch(output, "keep.me", "shard-1.tar", "shard-000000.tar.gz", "sub/shard-000000.tar")
+    before = hashes(output)
+    assert pack(source, output, total=2) == 0
+    after = hashes(output)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"shard-000000.tar", "shard-000001.tar"}
+
+
+def test_mode_follows_umask(tmp_path: Path) -> None:
+    source, before = write_pairs(tmp_path / "source", 1), os.umask(0o027)
+    try:
+        assert pack(source, tmp_path / "output") == 0
+    finally:
+        os.umask(before)
+    assert (tmp_path / "output" / "shard-000000.tar").stat().st_mode & 0o777 == 0o640
+
+
+NAME = st.text(
+    st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12
+).filter(lambda name: name not in (".", ".."))
+
+
+@given(st.lists(NAME, min_size=1, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_what_is_accepted_is_split_back(tmp_path_factory, parts: list[str]) -> None:
+    """Any path is refused, or ignored, or readers split its member into the same key and field."""
+    source = tmp_path_factory.mktemp("s")
+    path = source.joinpath(*parts[:-1], parts[-1] + ".x.JPG"[len(parts[0]) % 2 * 2 :])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    try:
+        (sample,) = core.list_samples(source, ("jpg",)).samples
+    except core.Refused:
+        return
+    ((field, name),) = core.sample_files(sample, ("jpg",))
+    assert source / name == path
+    assert base_plus_ext(f"{core.sample_key(sample)}.{field}") == (core.sample_key(sample), "jpg")
+
+
+def test_as_a_script(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 3)
+    flags = ["--source", source, "--output", tmp_path / "o", "--shard-id=1", "--total-shards=2"]
+    done = run_script("create_webdataset.py", *flags)
+    assert (done.returncode, done.stdout) == (0, "Shard 1 created with 1 samples.\n"), done.stderr
+    assert run_script("create_webdataset.py", "--help").returncode == 0
+
+
+def test_without_webdataset_says_how_to_install(tmp_path: Path) -> None:
+    command = [sys.executable, "-S", "-E", str(Path(core.__file__)), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr

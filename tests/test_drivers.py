@@ -1,0 +1,199 @@
+"""The two drivers: same bytes from both, honest about failure."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, hashes, run_script, write_pairs
+
+import create_with_ray
+from create_webdataset import shard_name
+
+SUMMARY = (
+    r"1,003 samples in 5 shards, [\d,]+ bytes \(mean [\d,]+, largest [\d,]+\) in [\d.]+ s; "
+    r"0 names ignored, 0 incomplete samples skipped"
+)
+
+
+@pytest.fixture(scope="module")
+def packed_by_bash(source_1003: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("bash") / "new" / "output"
+    done = run_script(
+        "run_parallel.sh", "--source", source_1003, "--output", output, "--num-shards=5"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    counts = [201, 201, 201, 200, 200]
+    assert sorted(lines[:5]) == [
+        f"Shard {shard} created with {count} samples." for shard, count in enumerate(counts)
+    ]
+    assert lines[5] == "All shards created." and re.fullmatch(SUMMARY, lines[6]), lines
+    assert not done.stderr
+    return output
+
+
+def test_output_holds_shards_and_nothing_else(packed_by_bash: Path) -> None:
+    assert sorted(os.listdir(packed_by_bash)) == [shard_name(shard) for shard in range(5)]
+
+
+def test_ray_gives_the_same_bytes(
+    packed_by_bash: Path, source_1003: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--source", str(source_1003), "--output", str(tmp_path / "output"), "--num-shards", "5"]
+    assert create_with_ray.main([*argv, "--num-workers", "3"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert "Shard 4 created with 200 samples." in lines[:5]
+    assert lines[5] == "All shards created successfully with Ray."
+    assert re.fullmatch(SUMMARY, lines[6])
+    assert hashes(tmp_path / "output") == hashes(packed_by_bash)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 9])
+def test_worker_count_changes_nothing(
+    workers: int, packed_by_bash: Path, source_1003: Path, tmp_path: Path
+) -> None:
+    flags = ["--source", source_1003, "--output", tmp_path, "--num-shards", "5"]
+    for _ in range(2):  # the second run replaces what the first one wrote
+        done = run_script("run_parallel.sh", *flags, "--num-workers", str(workers))
+        assert done.returncode == 0, done.stderr
+        assert hashes(tmp_path) == hashes(packed_by_bash)
+
+
+def test_defaults_from_any_directory(tmp_path: Path) -> None:
+    """No arguments: the project's own folders, wherever it lies and wherever one stands."""
+    project = tmp_path / 'it\'s a "project" $HOME'
+    project.mkdir()
+    for name in ("create_webdataset.py", "run_parallel.sh", "make_dummy_data.sh"):
+        (project / name).write_bytes((ROOT / name).read_bytes())
+        (project / name).chmod(0o755)
+    environment = {**os.environ, "PYTHON": sys.executable, "CDPATH": "/"}
+    for command in ("make_dummy_data.sh", "run_parallel.sh"):
+        done = subprocess.run(
+            [project / command], cwd="/", env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert len(list((project / "source_data").iterdir())) == 20
+    assert len(list((project / "webdataset_output").iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", ["new\nline", "a#b?c;d", "run:1", "{0..3}", "'\"$(x)`y`", "--o"])
+def test_odd_folder_names(name: str, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / f"{name}-source", 5)
+    flags = ["--source", source.name, "--output", f"{name}-out", "--num-workers=2"]
+    done = run_script("run_parallel.sh", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(os.listdir(tmp_path / f"{name}-out")) == 2
+
+
+USAGE = [
+    (["--num-workers", "0"], "--num-workers 0: not a number from 1"),
+    (["--num-workers", "x"], "--num-workers"),
+    (["--num-shards", "0"], "shards"),
+    (["--num-shards", "1000001"], "choose a number from 1 to 1,000,000"),
+    (["--num-shards", "99"], "99 shards for 3 samples"),
+    (["--num-shards"], "--num-shards"),
+    (["--fields", "a b"], "cannot be a field"),
+    (["--unknown", "x"], "--unknown"),
+    (["--source", "nowhere"], "No such file"),
+    ([], "4 shards for 3 samples"),
+]
+
+
+@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+@pytest.mark.parametrize("row", range(len(USAGE)))
+def test_usage(row: int, script: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags, message = USAGE[row]
+    source = write_pairs(tmp_path / "source", 3)
+    argv = ["--source", str(source), "--output", str(tmp_path / "output"), *flags]
+    if script == "run_parallel.sh":
+        done = run_script(script, *argv)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        code = create_with_ray.main(argv)
+        out, err = capfd.readouterr()
+    assert (code, out) == (2, "")
+    assert message in err and err.count("\n") == 1, err
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+def test_help(script: str) -> None:
+    done = run_script(script, "--help")
+    assert done.returncode == 0
+    for flag in ("source", "output", "num-workers", "num-shards", "resume", "fields", "shuffle"):
+        assert f"--{flag}" in done.stdout
+
+
+def make_unreadable(source: Path) -> None:
+    """Make the sample of shard 1 impossible to pack, though it is listed: its read gives EIO."""
+    (source / "sample-1.jpg").unlink()
+    (source / "sample-1.jpg").symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+def test_a_failed_shard_is_named_and_nothing_is_published(script: str, tmp_path: Path) -> None:
+    source, output = write_pairs(tmp_path / "source", 4), tmp_path / "output"
+    flags = ["--source", source, "--output", output, "--num-workers", "2", "--num-shards", "4"]
+    assert run_script("run_parallel.sh", *flags).returncode == 0
+    before = hashes(output)
+    make_unreadable(source)
+    done = run_script(script, *flags)
+    assert done.returncode == 1
+    assert "Shard 1 failed: " in done.stderr and "sample-1.jpg" in done.stderr
+    assert "not packed: shards 1;" in done.stderr and "Traceback" not in done.stderr
+    assert "All shards created" not in done.stdout
+    assert {name: value for name, value in hashes(output).items() if "/" not in name} == {
+        **before,
+        ".webdataset.lock": hashes(output)[".webdataset.lock"],
+    }
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_stops_the_workers(sent: signal.Signals, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 3_000, largest=100_000)
+    command = [ROOT / "run_parallel.sh", "--source", source, "--output", tmp_path / "o"]
+    command += ["--num-shards", "300", "--num-workers", "2"]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout and process.stdout.readline().startswith("Shard ")
+    start = time.monotonic()
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=20)  # ends when the last child has closed its end
+    assert time.monotonic() - start < 2
+    assert process.returncode == 128 + sent, err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "o").glob("*.tar"))
+
+
+def test_dummy_data(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "it's here"
+    assert run_script("make_dummy_data.sh", "12", folder).returncode == 0
+    assert sorted(os.listdir(folder)) == sorted(
+        f"sample-{number}.{field}" for number in range(12) for field in ("jpg", "txt")
+    )
+    assert (folder / "sample-11.txt").read_text() == "This is the description for sample 11.\n"
+    pictures = {Image.open(path).convert("RGB").tobytes() for path in folder.glob("*.jpg")}
+    assert len(pictures) == 12
+    (folder / "sample-3.jpg").write_bytes(b"mine")
+    before = hashes(folder)
+    done = run_script("make_dummy_data.sh", "13", folder)
+    assert done.returncode == 0 and "2 files made" in done.stdout
+    assert before.items() <= hashes(folder).items()
+    for wrong in (["x"], ["-1"], ["1", "2", "3"]):
+        assert run_script("make_dummy_data.sh", *wrong).returncode == 2
+    assert run_script("make_dummy_data.sh", "1", "/proc/no").returncode == 1

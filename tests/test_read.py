@@ -1,0 +1,115 @@
+"""The reader: the specified lines, every sample whatever the environment says, clear errors."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_script
+from PIL import Image
+
+import create_webdataset
+import read_webdataset
+
+
+def make_dataset(folder: Path, samples: dict[str, tuple[bytes, bytes]], shards: int = 1) -> Path:
+    """Pack samples, given as key -> (jpg, txt), into folder/output."""
+    (folder / "source").mkdir()
+    for key, (image, text) in samples.items():
+        (folder / "source" / f"{key}.jpg").write_bytes(image)
+        (folder / "source" / f"{key}.txt").write_bytes(text)
+    for shard_id in range(shards):
+        create_webdataset.create_webdataset(folder / "source", folder / "output", shard_id, shards)
+    return folder / "output"
+
+
+def jpeg(width: int, height: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def test_specified_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    image = jpeg(64, 48)
+    output = make_dataset(
+        tmp_path,
+        {
+            "sample-0": (image, b"This is the description for sample 0.\n"),
+            "sample-1": (b"", b"two\nlines \x1b[31m\xff"),
+            "sample-2": (b"no image", "é".encode() * 300),
+        },
+        shards=2,
+    )
+    assert read_webdataset.main(["--path", str(output)]) == 0
+    assert capfd.readouterr().out.splitlines() == [
+        "--- Sample 0 ---",
+        "Key: sample-0",
+        "Text: This is the description for sample 0.",
+        f"Image size: 64x48, {len(image)} bytes",
+        "--- Sample 1 ---",
+        "Key: sample-2",
+        f"Text: {'é' * 200}... (300 characters)",
+        "Image size: 8 bytes (not readable: UnidentifiedImageError)",
+        "--- Sample 2 ---",
+        "Key: sample-1",
+        "Text: two\\nlines \\x1b[31m\\xff",
+        "Image size: 0 bytes (not readable: UnidentifiedImageError)",
+        "3 samples read; 2 shards, 20,480 bytes",
+    ]
+
+
+def test_limit_and_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    output = make_dataset(tmp_path, {str(n): (b"", b"") for n in range(5)}, shards=2)
+    assert read_webdataset.main(["--path", str(output), "--limit", "2"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines.count("Key: 0") == 1 and lines[-1].startswith("2 samples read")
+    assert read_webdataset.main(["--path", str(output), "--quiet"]) == 0
+    assert capfd.readouterr().out == "5 samples read; 2 shards, 20,480 bytes\n"
+
+
+def test_environment_of_a_training_job(tmp_path: Path) -> None:
+    output = make_dataset(tmp_path, {str(n): (b"", b"") for n in range(4)}, shards=4)
+    job = {"RANK": "1", "WORLD_SIZE": "2", "WORKER": "1", "NUM_WORKERS": "2"}
+    done = run_script("read_webdataset.py", "--path", output, "--quiet", env=job)
+    assert (done.returncode, done.stdout[:14]) == (0, "4 samples read"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["a#b?c;d", "pipe:echo x", "{0..3}", "x::y", "file:x", "s3:/y", "ü"]
+)
+def test_odd_paths(name: str, tmp_path: Path, monkeypatch, capfd) -> None:
+    make_dataset(tmp_path, {"a": (b"", b"")}).rename(tmp_path / name.replace("/", ""))
+    monkeypatch.chdir(tmp_path)
+    assert read_webdataset.main(["--path", name.replace("/", ""), "--quiet"]) == 0
+    assert capfd.readouterr().out.startswith("1 samples read")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", "file"])
+def test_no_shards(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "shard-1.tar").touch()
+    (tmp_path / "file").touch()
+    assert read_webdataset.main(["--path", str(tmp_path / name)]) == 2
+    out, err = capfd.readouterr()
+    assert not out and name in err and err.count("\n") == 1
+
+
+def test_damaged_shard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    output = make_dataset(tmp_path, {"a": (b"x" * 5000, b"")})
+    os.truncate(output / "shard-000000.tar", 3000)
+    assert read_webdataset.main(["--path", str(output)]) == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_head_of_the_output(tmp_path: Path) -> None:
+    output = make_dataset(tmp_path, {str(n): (b"", b"") for n in range(2000)})
+    command = [sys.executable, read_webdataset.__file__, "--path", str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline() == b"--- Sample 0 ---\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
