@@ -14,6 +14,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import io
 import json
 import os
 import re
@@ -22,11 +23,14 @@ import shutil
 import signal
 import stat
 import sys
+import tarfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 try:
     import webdataset as wds
@@ -288,15 +292,129 @@ def sample_key(sample: str) -> str:
     return sample.partition("\0")[0]
 
 
-def sample_files(sample: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (field, path below source) of each file of a sample, in the order of `fields`."""
+def sample_files(sample: str, fields: Sequence[str]) -> list[str]:
+    """Return the paths below source of a sample's files, in the order of `fields`."""
     key, *spelled = sample.split("\0")
-    for field, extension in zip(fields, spelled or fields, strict=True):
-        yield field, f"{key}.{extension}"
+    return [f"{key}.{extension}" for extension in spelled or fields]
 
 
-def read_file(path: str, source_fd: int) -> tuple[bytes, os.stat_result]:
-    """Return the whole content of a source file, and its status.
+CHANGED = "changed while it was packed; run again when it is at rest"
+WRITE_SIZE = 512 << 10  # bytes gathered for one write
+SEND_SIZE = 16 << 20  # bytes sent to the disk at a time
+WHOLE_SIZE = 512 << 10  # bytes of a file that is read in one piece; larger ones are copied
+SLOW_READ = 0.0005  # seconds; a file on a local disk takes a tenth of that
+SLOW_READS = 8  # how many more slow reads than fast ones there must be
+READ_THREADS, READ_BATCHES, READ_BATCH = 16, 24, 4  # 96 files ahead: 48 MB at most
+PADDING = [bytes(length) for length in range(512)]
+
+
+class LargeFile(io.FileIO):
+    """An open file that is copied in pieces, of the size that it had when it was opened."""
+
+    def __init__(self, fd: int, path: str, size: int) -> None:
+        super().__init__(fd)
+        self.path = path
+        self.size = size
+
+    def copy_to(self, stream: BinaryIO) -> None:
+        """Copy the file, and close it; raise Failed if its size is another by now."""
+        with self:
+            shutil.copyfileobj(self, stream, WRITE_SIZE)
+            if self.tell() != self.size:
+                raise Failed(f"{self.path!r} {CHANGED}")
+
+
+File = tuple[bytes | LargeFile, os.stat_result]
+
+
+class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
+    """A drop-in for `wds.TarWriter(stream, encoder=False, mtime=0)`: same bytes, ten times faster.
+
+    Nearly all headers differ in name, size and checksum alone (the field offsets are those of
+    POSIX ustar), so one header made by tarfile serves as a template. Besides bytes, `write` takes
+    open files, which are copied in pieces.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__(stream, encoder=False, mtime=0)
+        header = self.make_header("", 0)
+        self.template = (
+            b"%b" + header[100:124] + b"%b" + header[135:148] + b"%06o\0 " + header[156:]
+        )
+        # The checksum counts itself as spaces; what name and size add comes with each member.
+        self.checksum = sum(header[100:124] + header[135:148] + b" " * 8 + header[156:])
+        self.parts: list[bytes] = []  # what is to be written next
+        self.pending = 0  # bytes in parts, about
+        self.offset = 0  # bytes written
+        self.sent = 0  # bytes of them on their way to the disk
+
+    def make_header(self, name: str, size: int) -> bytes:
+        """Return the header that tarfile makes for a member."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.uname, info.gname = size, self.mode, self.user, self.group
+        return info.tobuf(self.tarstream.format, self.tarstream.encoding, self.tarstream.errors)
+
+    def write(self, sample: Mapping[str, Any]) -> int:
+        """Write a sample, {"__key__": key, field: bytes or LargeFile, ...}; return its bytes."""
+        key, total = sample.get("__key__"), 0
+        if key is None:
+            raise ValueError("object must contain a __key__")
+        for field in sorted(sample):
+            if field[0] == "_":
+                continue
+            data = sample[field]
+            whole = isinstance(data, (bytes, bytearray, memoryview))
+            size = len(data) if whole else data.size
+            member, digits = f"{key}.{field}", b"%011o" % size
+            if len(member) <= 100 and len(digits) == 11 and member.isascii():
+                name = member.encode()
+                checksum = self.checksum + sum(name) + sum(digits)
+                self.parts.append(self.template % (name.ljust(100, b"\0"), digits, checksum))
+            else:
+                self.parts.append(self.make_header(member, size))
+            if whole:
+                self.parts.append(data)
+            else:
+                self.flush()
+                data.copy_to(self.stream)
+                self.offset += size
+            self.parts.append(PADDING[-size % 512])
+            self.pending += size + 1024
+            total += size
+            if self.pending > WRITE_SIZE:
+                self.flush()
+        return total
+
+    def flush(self) -> None:
+        """Write what has been gathered, and start it on its way to the disk."""
+        data = b"".join(self.parts)
+        self.stream.write(data)
+        self.offset += len(data)
+        self.parts.clear()
+        self.pending = 0
+        if self.offset - self.sent > SEND_SIZE and isinstance(self.stream, io.BufferedWriter):
+            # On Linux this starts to write the pages without waiting, so that fsync finds few.
+            self.stream.flush()
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.stream.fileno(), self.sent, 0, os.POSIX_FADV_DONTNEED)
+            self.sent = self.offset
+
+    def close(self) -> None:
+        """Finish the archive: two blocks of zeros, then zeros up to a whole record of 10,240."""
+        self.flush()
+        self.stream.write(bytes(1024 + -(self.offset + 1024) % 10_240))
+
+    def __exit__(self, exc_type: object, exc_val: object, exc_tb: object) -> None:
+        """Finish the archive, or, after an exception, make sure that it looks cut short."""
+        if exc_type is None:
+            self.close()
+        else:
+            with contextlib.suppress(OSError):
+                self.stream.write(self.make_header("unfinished", 512))  # whose data never comes
+
+
+def read_file(path: str, source_fd: int) -> File:
+    """Return the content of a source file (or, where it is large, the open file) and its status.
 
     Raises:
         Failed: it is no regular file any more, or its size changed under our hands.
@@ -305,16 +423,58 @@ def read_file(path: str, source_fd: int) -> tuple[bytes, os.stat_result]:
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=source_fd)
     try:
         status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode):
-            data = os.read(fd, status.st_size + 1)
-            if len(data) == status.st_size:
-                return data, status
-        raise Failed(f"{path!r} changed while it was packed; run again when it is at rest")
+        if not stat.S_ISREG(status.st_mode):
+            raise Failed(f"{path!r} {CHANGED}")
+        if status.st_size > WHOLE_SIZE:
+            return LargeFile(os.dup(fd), path, status.st_size), status
+        data = os.read(fd, status.st_size + 1)
+        if len(data) != status.st_size:
+            raise Failed(f"{path!r} {CHANGED}")
+        return data, status
     except OSError as error:
         error.filename = path
         raise
     finally:
         os.close(fd)
+
+
+def read_files(paths: Iterator[str], source_fd: int) -> Generator[File, None, None]:
+    """Yield what `read_file` gives for each path, in order; read ahead where files open slowly."""
+    slow = 0
+    for path in paths:
+        start = time.perf_counter()
+        file = read_file(path, source_fd)
+        if time.perf_counter() - start > SLOW_READ:
+            slow += 1
+        elif slow:
+            slow -= 1
+        yield file
+        if slow == SLOW_READS:
+            yield from read_ahead(paths, source_fd)
+
+
+def read_batch(paths: Sequence[str], source_fd: int) -> list[File]:
+    """Return what `read_file` gives for each path."""
+    return [read_file(path, source_fd) for path in paths]
+
+
+def read_ahead(paths: Iterator[str], source_fd: int) -> Iterator[File]:
+    """Yield what `read_file` gives for each path, in order, while threads read the next ones.
+
+    Many reads at a time hide the latency of NFS, Lustre or a cloud disk; on a fast disk, threads
+    cost two to three times what they save.
+    """
+    batches: deque[Future[list[File]]] = deque()
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        try:
+            while True:
+                while len(batches) < READ_BATCHES and (batch := list(islice(paths, READ_BATCH))):
+                    batches.append(pool.submit(read_batch, batch, source_fd))
+                if not batches:
+                    return
+                yield from batches.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def stamp(status: os.stat_result) -> bytes:
@@ -359,13 +519,16 @@ def create_webdataset(
     partial = os.path.join(output, f".shard-{shard_id:06d}-{secrets.token_hex(4)}")
     proof = hashlib.blake2b(digest_size=16)
     source_fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    files = read_files(
+        (path for sample in samples for path in sample_files(sample, fields)), source_fd
+    )
     try:
         with open(partial, "xb") as stream:
-            with wds.TarWriter(stream, encoder=False, mtime=0) as sink:
+            with FastTarWriter(stream) as sink:
                 for sample in samples:
                     data = {}
-                    for field, path in sample_files(sample, fields):
-                        data[field], status = read_file(path, source_fd)
+                    for field in fields:
+                        data[field], status = next(files)
                         proof.update(stamp(status))
                     sink.write({"__key__": sample_key(sample), **data})
                     if progress:
@@ -381,6 +544,7 @@ def create_webdataset(
             error.filename = os.path.join(source, error.filename) if error.filename else partial
         raise
     finally:
+        files.close()
         os.close(source_fd)
     proof.update(b"%d" % shard_status.st_ino)
     return Shard(shard_id, len(samples), shard_status.st_size, proof.hexdigest())
@@ -557,7 +721,7 @@ def pack_shard(
         recorded = Path(record).read_text(encoding="ascii")
         proof = hashlib.blake2b(digest_size=16)
         for sample in samples:
-            for _, path in sample_files(sample, run.fields):
+            for path in sample_files(sample, run.fields):
                 proof.update(stamp(os.stat(os.path.join(run.source, path))))
         proof.update(b"%d" % status.st_ino)
         if proof.hexdigest() == recorded:

@@ -327,9 +327,9 @@ def test_what_is_accepted_is_split_back(tmp_path_factory, parts: list[str]) -> N
         (sample,) = core.list_samples(source, ("jpg",)).samples
     except core.Refused:
         return
-    ((field, name),) = core.sample_files(sample, ("jpg",))
+    (name,) = core.sample_files(sample, ("jpg",))
     assert source / name == path
-    assert base_plus_ext(f"{core.sample_key(sample)}.{field}") == (core.sample_key(sample), "jpg")
+    assert base_plus_ext(f"{core.sample_key(sample)}.jpg") == (core.sample_key(sample), "jpg")
 
 
 def test_as_a_script(tmp_path: Path) -> None:
