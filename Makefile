@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := run_parallel.sh make_dummy_data.sh .ci/run
 
-.PHONY: help demo test lint requirements clean
+.PHONY: help demo test soak lint requirements clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,6 +16,9 @@ demo: .venv/ready ## ten samples (or what is in source_data) to shards and back
 
 test: .venv/ready-dev ## run the test suite
 	PYTHON= $(BIN)/python -m pytest
+
+soak: .venv/ready-dev ## the long counts: kills, faults, generated names
+	PYTHON= SOAK=1 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_writer.py
 
 lint: .venv/ready-dev ## check style, types and shell scripts (needs ShellCheck)
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ import sys
 import tarfile
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -43,6 +43,7 @@ except ModuleNotFoundError as missing:
 
 SHARD_PATTERN = re.compile(r"shard-(\d{6})\.tar")
 MAX_SHARDS = 1_000_000
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8
 Progress = Callable[[int], object]  # is told how many more samples are done
 
 CURES = {
@@ -135,16 +136,11 @@ def parse_fields(text: str) -> tuple[str, ...]:
     """Return the fields of 'jpg,txt' in the order in which a shard holds them."""
     fields = text.lower().split(",")
     for field in fields:
-        if not re.fullmatch(r"[^_./\s][^/\s]*", field) or not is_utf8(field):
+        if not re.fullmatch(r"[^_./\s][^/\s]*", field) or NOT_UTF8.search(field):
             raise Refused(f"--fields {text!r}: {field!r} cannot be a field; write e.g. jpg,txt")
     if len(set(fields)) < len(fields):
         raise Refused(f"--fields {text!r} names a field twice; name each once")
     return tuple(sorted(fields))
-
-
-def is_utf8(name: str) -> bool:
-    """Tell whether a name is UTF-8 on disk: Python marks all other bytes with surrogates."""
-    return name.isascii() or not re.search("[\ud800-\udfff]", name)
 
 
 def list_samples(
@@ -213,36 +209,34 @@ def scan_folder(
             name = entry.name
             if name[0] == ".":
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(f"{prefix}{name}/")
-                continue
+            regular = entry.is_file(follow_symlinks=False)
+            if not regular:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{prefix}{name}/")
+                    continue
+                regular = leads_to_file(entry)
             stem, _, extension = name.partition(".")
-            field = extension if extension in bits else extension.lower()
-            if field not in bits:
-                ignored += 1
-                if name.lower().endswith(endings):
-                    faults[DOTTED].append(prefix + name)
-            elif not is_file(entry):
-                found.setdefault(stem, 0)
-            else:
-                if found.get(stem, 0) & bits[field]:
-                    faults[DUPLICATE].append(prefix + name)
-                found[stem] = found.get(stem, 0) | bits[field]
-                if field is not extension:
+            bit = bits.get(extension)
+            if bit is None:
+                field = extension.lower()
+                bit = bits.get(field)
+                if bit is None:
+                    ignored += 1
+                    if name.lower().endswith(endings):
+                        faults[DOTTED].append(prefix + name)
+                    continue
+                if regular:
                     spelled[stem][field] = extension
+            held = found.get(stem, 0)
+            if held & bit:
+                faults[DUPLICATE].append(prefix + name)
+            found[stem] = held | bit if regular else held
 
-    folder_fault = RESERVED if re.match("__[^/]*__/", prefix) else ""
-    if not is_utf8(prefix) or base_plus_ext(f"{prefix}a.b") != (f"{prefix}a", "b"):
-        folder_fault = UNREADABLE
-    for stem, bits_found in found.items():
+    for stem, held in found.items():
         key = prefix + stem
-        if folder_fault:
-            faults[folder_fault].append(key)
-        elif stem.startswith("__"):
-            faults[RESERVED].append(key)
-        elif not is_utf8(stem):
-            faults[UNREADABLE].append(key)
-        elif bits_found + 1 != 1 << len(bits):
+        if fault := key_fault(prefix, stem):
+            faults[fault].append(key)
+        elif held + 1 != 1 << len(bits):
             faults[INCOMPLETE].append(key)
         elif stem in spelled:
             samples.append("\0".join([key, *(spelled[stem].get(f, f) for f in fields)]))
@@ -251,12 +245,24 @@ def scan_folder(
     return ignored
 
 
-def is_file(entry: os.DirEntry[str]) -> bool:
-    """Tell whether an entry is a regular file or a link to one."""
+def leads_to_file(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a link to a regular file."""
     try:
         return entry.is_file()
     except OSError:  # a link that leads in a circle
         return False
+
+
+def key_fault(prefix: str, stem: str) -> str:
+    """Return what keeps a folder's path and a stem from being a key, or nothing."""
+    if stem.startswith("__") or (prefix[:2] == "__" and re.match("__[^/]*__/", prefix)):
+        return RESERVED
+    key = prefix + stem
+    if key.isascii() and "\n" not in key:
+        return ""
+    if NOT_UTF8.search(key) or base_plus_ext(f"{key}.a") != (key, "a"):
+        return UNREADABLE
+    return ""
 
 
 def shuffle_rank(seed: int, sample: str) -> bytes:
@@ -284,7 +290,7 @@ class Shard(NamedTuple):
     samples: int
     bytes: int  # size of the tar file
     proof: str  # ties this very file to the sizes and times that its source files had
-    kept: bool = False  # True where --resume found it finished
+    how: str = "created"  # or "kept" by --resume, or "changed": packed again since its files did
 
 
 def sample_key(sample: str) -> str:
@@ -555,6 +561,7 @@ def create_webdataset(
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 LOCK = ".webdataset.lock"
+PLAN = "run.json"
 INTERRUPTED = "publishing was interrupted; run the same command again"
 
 
@@ -597,15 +604,18 @@ def plan_run(args: argparse.Namespace) -> Run:
     return Run(staging, source, fields, args.total_shards, *listing, started)
 
 
-def start_run(run: Run, resume: bool) -> None:
+def start_run(run: Run, resume: bool) -> int:
     """Lock the output and make the staging folder of a run; finish or clear what others left.
+
+    Returns:
+        The descriptor that holds the lock.
 
     Raises:
         Failed: another run is packing into this output.
     """
     output = os.path.dirname(run.staging)
     os.makedirs(output, exist_ok=True)
-    lock_output(output)
+    lock = lock_output(output)
     remove_partials(output)
     for old in staging_folders(output):
         if os.path.exists(os.path.join(old, MARKER)):
@@ -616,16 +626,26 @@ def start_run(run: Run, resume: bool) -> None:
         else:
             shutil.rmtree(old)
     os.makedirs(run.staging, exist_ok=True)
-    with open(os.path.join(run.staging, "run.json"), "w", encoding="utf-8") as stream:
-        json.dump(run, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    plan = os.path.join(run.staging, PLAN)
+    try:
+        with open(plan, "w", encoding="utf-8") as stream:
+            json.dump(run, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        error.filename = plan  # a failed write names no file
+        raise
+    return lock
 
 
 def load_run(staging: str) -> Run:
     """Read the run that `start_run` left in a staging folder."""
-    with open(os.path.join(staging, "run.json"), encoding="utf-8") as stream:
-        return Run(staging, *json.load(stream)[1:])
+    plan = os.path.join(staging, PLAN)
+    try:
+        with open(plan, encoding="utf-8") as stream:
+            return Run(staging, *json.load(stream)[1:])
+    except ValueError:
+        raise Failed(f"{plan!r} is damaged; remove its folder") from None
 
 
 def check_output(output: str, source: str, fields: Sequence[str]) -> None:
@@ -638,10 +658,8 @@ def check_output(output: str, source: str, fields: Sequence[str]) -> None:
                 raise Refused(f"{entry.path!r} is a folder with a shard's name; move it away")
 
 
-def lock_output(output: str) -> None:
-    """Take the lock of an output, for this process and those that inherit the descriptor.
-
-    It is gone as soon as the last of them ends, however it ends.
+def lock_output(output: str) -> int:
+    """Take the lock of an output; it is gone when the last holder of the descriptor ends.
 
     Raises:
         Failed: another run holds it.
@@ -657,8 +675,7 @@ def lock_output(output: str) -> None:
             ) from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(path)):
-                os.set_inheritable(fd, True)
-                return
+                return fd
         os.close(fd)  # the run that held it has just ended and removed the file
 
 
@@ -682,7 +699,7 @@ def same_run(old: str, run: Run) -> bool:
     """Tell whether the shards of an old staging folder can be kept; if not, say what differs."""
     try:
         before = load_run(old)
-    except (OSError, ValueError):
+    except (OSError, Failed):
         return False  # it ended before it packed anything
     differs = [
         what
@@ -698,11 +715,27 @@ def same_run(old: str, run: Run) -> bool:
     return not differs
 
 
-def remove_partials(folder: str) -> None:
-    """Remove what killed attempts left of shards they had not finished."""
+def remove_partials(folder: str, shard_ids: Container[int] = range(MAX_SHARDS)) -> None:
+    """Remove what killed attempts at these shards left unfinished."""
     for entry in os.scandir(folder):
-        if re.fullmatch(r"\.shard-\d{6}-[0-9a-f]{8}", entry.name):
+        match = re.fullmatch(r"\.shard-(\d{6})-[0-9a-f]{8}", entry.name)
+        if match and int(match[1]) in shard_ids:
             os.unlink(entry.path)
+
+
+def pack_directly(
+    run: Run, shard_id: int, samples: Sequence[str], progress: Progress | None = None
+) -> Shard:
+    """Pack one shard of a run, given its samples, into the folder of the run."""
+    return create_webdataset(
+        run.source,
+        run.staging,
+        shard_id,
+        run.total_shards,
+        run.fields,
+        samples=samples,
+        progress=progress,
+    )
 
 
 def pack_shard(
@@ -715,7 +748,7 @@ def pack_shard(
         samples: the shard's samples.
     """
     packed = os.path.join(run.staging, shard_name(shard_id))
-    record = packed + ".proof"
+    record, recorded = packed + ".proof", ""
     with contextlib.suppress(OSError):
         status = os.stat(packed)
         recorded = Path(record).read_text(encoding="ascii")
@@ -725,26 +758,16 @@ def pack_shard(
                 proof.update(stamp(os.stat(os.path.join(run.source, path))))
         proof.update(b"%d" % status.st_ino)
         if proof.hexdigest() == recorded:
-            return Shard(shard_id, len(samples), status.st_size, recorded, kept=True)
-    shard = create_webdataset(
-        run.source,
-        run.staging,
-        shard_id,
-        run.total_shards,
-        run.fields,
-        False,
-        None,
-        samples,
-        progress,
-    )
+            return Shard(shard_id, len(samples), status.st_size, recorded, "kept")
+    shard = pack_directly(run, shard_id, samples, progress)
     Path(record).write_text(shard.proof, encoding="ascii")
-    return shard
+    return shard._replace(how="changed") if recorded else shard
 
 
 def report(shard: Shard) -> str:
     """Return the line that says what became of a shard."""
-    verb = "kept" if shard.kept else "created"
-    return f"Shard {shard.shard_id} {verb} with {shard.samples} samples."
+    how = "created again, since files changed," if shard.how == "changed" else shard.how
+    return f"Shard {shard.shard_id} {how} with {shard.samples} samples."
 
 
 def finish_run(run: Run) -> str:
@@ -764,14 +787,12 @@ def finish_run(run: Run) -> str:
             f"not packed: shards {', '.join(missing)}; the previous dataset is untouched; "
             "run again with --resume to pack just these"
         )
-    # A Ctrl-C now would leave a dataset that is neither the old one nor the new one.
-    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # to stop now would leave neither old nor new
     with open(os.path.join(run.staging, MARKER), "xb"):
         sync_folder(run.staging)
     publish_shards(run.staging, run.total_shards)
     os.unlink(os.path.join(os.path.dirname(run.staging), LOCK))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     return (
         f"{len(run.samples):,} samples in {len(sizes):,} shards, {sum(sizes):,} bytes "
         f"(mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
@@ -851,41 +872,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 def pack_shards(args: argparse.Namespace) -> int:
     """Pack shards I, I+K, ... of a staged run, or straight into --output, and report each."""
-    if args.run:
-        run = load_run(args.run)
-    else:
-        run = plan_run(args)._replace(staging=os.path.abspath(args.output))
-        check_shards(run.total_shards, len(run.samples), args.shard_id)
-        if args.shard_step is not None and args.shard_step < 1:
-            raise Refused(f"--shard-step {args.shard_step}: not a number from 1")
+    if args.shard_step is not None and args.shard_step < 1:
+        raise Refused(f"--shard-step {args.shard_step}: not a number from 1")
+    run = load_run(args.run) if args.run else plan_run(args)
+    check_shards(run.total_shards, len(run.samples), args.shard_id)
+    shard_ids = range(args.shard_id, run.total_shards, args.shard_step or run.total_shards)
+    if not args.run:
+        run = run._replace(staging=os.path.dirname(run.staging))
         os.makedirs(run.staging, exist_ok=True)
         if interrupted_publishing(run.staging):
             raise Failed(INTERRUPTED)
-    shard_ids = range(args.shard_id, run.total_shards, args.shard_step or run.total_shards)
+        remove_partials(run.staging, shard_ids)
+    pack = pack_shard if args.run else pack_directly
     todo = sum(len(run.shard_samples(shard_id)) for shard_id in shard_ids)
     driver, failed = os.getppid(), 0
     with tqdm(total=todo, unit=" samples", position=args.shard_id, disable=None) as bar:
         for shard_id in shard_ids:
-            if os.getppid() != driver:
+            if args.run and os.getppid() != driver:
                 raise Failed("the driver is gone, so its workers stop")
-            samples = run.shard_samples(shard_id)
             try:
-                if args.run:
-                    shard = pack_shard(run, shard_id, samples, bar.update)
-                else:
-                    shard = create_webdataset(
-                        run.source,
-                        run.staging,
-                        shard_id,
-                        run.total_shards,
-                        run.fields,
-                        samples=samples,
-                        progress=bar.update,
-                    )
-                bar.write(report(shard))
+                shard = pack(run, shard_id, run.shard_samples(shard_id), bar.update)
+                with bar.external_write_mode():  # one write a line: other workers write, too
+                    print(report(shard) + "\n", end="", flush=True)
             except (Failed, OSError) as error:
                 failed += 1
-                bar.write(f"Shard {shard_id} failed: {explain(error)}", file=sys.stderr)
+                with bar.external_write_mode():
+                    print(f"Shard {shard_id} failed: {explain(error)}\n", end="", file=sys.stderr)
     if not args.run:
         sync_folder(run.staging)
     return 1 if failed else 0
@@ -899,7 +911,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(finish_run(load_run(args.publish)))
     elif args.start:
         run = plan_run(args)
-        start_run(run, args.resume)
+        os.set_inheritable(start_run(run, args.resume), True)  # the lock passes on to COMMAND
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, others should not
         os.execvp(args.start[0], [*args.start, run.staging])
     elif args.shard_id is None:
         raise Refused("--shard-id is required (see --help)")

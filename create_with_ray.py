@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 from create_webdataset import (
     Parser,
@@ -85,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
     try:
         for shard_id, outcome in pack_all(run, args.num_workers):
             if isinstance(outcome, Shard):
@@ -96,6 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = finish_run(run)
     print(f"All shards created successfully with Ray.\n{summary}")
     return 0
+
+
+def stop(number: int, _frame: object) -> NoReturn:
+    """End the run on a signal, with the exit code that a shell gives it."""
+    print("stopped; the previous dataset is untouched; --resume continues", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ pack() { # workers staging
     wait "${pids[i]}" || code=$?
     ((code < 2)) || echo "run_parallel.sh: worker $i ended with exit code $code" >&2
   done
+  trap '' INT TERM HUP # publishing takes a moment, and must not be cut
   summary=$("$python" "$core" --publish "$staging") # fails, and names them, if shards are missing
   printf 'All shards created.\n%s\n' "$summary"
 }

@@ -211,7 +211,7 @@ def test_modulo_worked_example(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 def test_function_returns_what_it_did(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 5)
     shard = core.create_webdataset(source, tmp_path / "output", 1, 2)
-    assert (shard.shard_id, shard.samples, shard.kept) == (1, 2, False)
+    assert (shard.shard_id, shard.samples, shard.how) == (1, 2, "created")
     assert shard.bytes == (tmp_path / "output" / "shard-000001.tar").stat().st_size
     with pytest.raises(core.Refused):
         core.create_webdataset(source, tmp_path / "output", 2, 2)

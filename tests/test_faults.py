@@ -1,0 +1,528 @@
+"""Real faults: kills, signals, full disks, hostile names. Nothing lost, nothing half-written.
+
+`make soak` sets SOAK=1 and runs the long counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, hashes, members, run_script, write_pairs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import create_webdataset as core
+import read_webdataset
+
+SOAK = bool(os.environ.get("SOAK"))
+DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
+SHARDS = 12
+
+
+def shards(output: Path) -> dict[str, str]:
+    """Return the hashes of what lies under shard names in an output."""
+    return {name: value for name, value in hashes(output).items() if core.SHARD_PATTERN.match(name)}
+
+
+def flags(source: Path, output: Path, *more: str) -> list[str]:
+    return ["--source", str(source), "--output", str(output), "--num-workers", "2", *more]
+
+
+def start(driver: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [str(ROOT / driver)] if driver.endswith(".sh") else [sys.executable, ROOT / driver]
+    return subprocess.Popen(
+        [*map(str, command), *arguments],
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def old_and_new(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A source, its previous dataset (15 shards, another order), and its new one (12 shards)."""
+    folder = tmp_path_factory.mktemp("faults")
+    source = write_pairs(folder / "source", 2_400, largest=60_000)
+    for name, more in (("old", ["--num-shards=15", "--shuffle=1"]), ("new", ["--num-shards=12"])):
+        done = run_script("run_parallel.sh", *flags(source, folder / name, *more))
+        assert done.returncode == 0, done.stderr
+    return source, folder / "old", folder / "new"
+
+
+def wait_for_lock(output: Path) -> None:
+    """Wait until orphaned workers have noticed that their driver is gone."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.close(core.lock_output(str(output)))
+            return
+        except core.Failed:
+            time.sleep(0.05)
+    raise AssertionError("the lock of a killed run is still held")
+
+
+def kill_and_resume(
+    driver: str, whole_group: bool, rng: random.Random, setup: tuple[Path, Path, Path], output: Path
+) -> str:
+    """Kill a run, look at what is there, resume it; return how far the killed run had come."""
+    source, old, new = setup
+    shutil.copytree(old, output)
+    run = flags(source, output, f"--num-shards={SHARDS}")
+    process = start(driver, *run)
+    for _ in range(rng.randrange(SHARDS + 1)):
+        process.stdout.readline()  # type: ignore[union-attr]
+    time.sleep(rng.uniform(0, 0.1) if rng.random() < 0.8 else rng.uniform(0, 2))
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    wait_for_lock(output)
+
+    interrupted = core.interrupted_publishing(output)
+    if interrupted:
+        assert read_webdataset.main(["--path", str(output), "--quiet"]) == 1
+    else:
+        assert shards(output) in (shards(old), shards(new))
+    staged = [f for name in core.staging_folders(output) for f in os.listdir(name)]
+    whole = hashes(new)
+    for name in core.staging_folders(output):
+        for shard in set(whole) & set(os.listdir(name)):
+            assert hashes(Path(name))[shard] == whole[shard], "a partial shard under a final name"
+    finished = sum(f"{name}.proof" in staged and name in staged for name in whole)
+
+    done = run_script(driver, *run, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert hashes(output) == whole, "same bytes as a clean run, and nothing else left behind"
+    verbs = Counter(line.split()[2] for line in done.stdout.splitlines() if line[:6] == "Shard ")
+    if not interrupted:
+        assert (verbs["kept"], verbs["created"]) == (finished, SHARDS - finished), done.stdout
+    shutil.rmtree(output)
+    return "publishing" if interrupted else f"{finished} packed"
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["group", "driver"])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_sigkill_at_any_moment(
+    driver: str, whole_group: bool, old_and_new: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    rng = random.Random(f"{driver} {whole_group}")
+    bash = driver == "run_parallel.sh"
+    rounds = (40 if bash else 10) if SOAK else (5 if bash else 1)
+    reached = Counter(
+        kill_and_resume(driver, whole_group, rng, old_and_new, tmp_path / "o")
+        for _ in range(rounds)
+    )
+    print(driver, "killed at:", dict(reached))
+
+
+@pytest.mark.parametrize("moved", range(0, 13, 1 if SOAK else 6))
+def test_kill_in_the_middle_of_publishing(
+    moved: int, old_and_new: tuple[Path, Path, Path], tmp_path: Path, monkeypatch, capfd
+) -> None:
+    """Publishing takes milliseconds, so this stops it after each of its renames in turn."""
+    source, old, new = old_and_new
+    output = tmp_path / "output"
+    shutil.copytree(old, output)
+    child = os.fork()
+    if not child:  # a process of its own, killed in the middle
+        rename, left = os.rename, [moved]
+
+        def rename_or_die(source: str, target: str) -> None:
+            if core.SHARD_PATTERN.fullmatch(os.path.basename(target)) and core.STAGING in source:
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+            rename(source, target)
+
+        args = core.build_parser().parse_args(
+            [f"--source={source}", f"--output={output}", f"--total-shards={SHARDS}"]
+        )
+        run = core.plan_run(args)
+        core.start_run(run, resume=False)
+        for shard_id in range(SHARDS):
+            core.pack_shard(run, shard_id, run.shard_samples(shard_id))
+        os.rename = rename_or_die
+        os.unlink = lambda _path: os.kill(os.getpid(), signal.SIGKILL)
+        core.finish_run(run)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+    assert read_webdataset.main(["--path", str(output)]) == 1
+    assert "publishing was interrupted" in capfd.readouterr().err
+    direct = ["--source", str(source), "--output", str(output)]
+    assert core.main([*direct, "--shard-id=0", f"--total-shards={SHARDS}"]) == 1
+    assert "publishing was interrupted" in capfd.readouterr().err
+    bad = run_script("run_parallel.sh", *flags(source, output, "--num-shards=99999"))
+    assert bad.returncode == 2 and core.interrupted_publishing(output)
+
+    monkeypatch.setenv("PYTHON", sys.executable)
+    process = start("run_parallel.sh", *flags(source, output, f"--num-shards={SHARDS}"))
+    assert process.stdout and process.stdout.readline()  # by now the new dataset is complete
+    assert shards(output) == hashes(new)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=10)
+
+
+def test_resume_after_changes(tmp_path: Path) -> None:
+    """What is kept is what is still true; the rest is packed again, and it says why."""
+    source, output = write_pairs(tmp_path / "source", 40), tmp_path / "output"
+    (source / "sample-9.jpg").unlink()
+    (source / "sample-9.jpg").symlink_to("/proc/self/mem")  # its read fails: the last shard
+    base = flags(source, output, "--num-shards=4")
+    assert run_script("run_parallel.sh", *base).returncode == 1
+    (source / "sample-9.jpg").unlink()
+    (source / "sample-9.jpg").write_bytes(b"mended")
+    for more, what in (
+        (["--num-shards=5"], "number of shards"),
+        (["--shuffle=3"], "samples, or --shuffle"),
+        (["--fields=jpg"], "--fields"),
+    ):
+        shutil.copytree(output, tmp_path / "copy", symlinks=True)
+        done = run_script("run_parallel.sh", *base[:2], "--output", tmp_path / "copy", *base[4:],
+                          *more, "--resume")  # fmt: skip
+        assert done.returncode == 0 and "kept" not in done.stdout
+        assert "not resumed but packed afresh" in done.stderr and what in done.stderr
+        shutil.rmtree(tmp_path / "copy")
+    keys = sorted(path.stem for path in source.glob("*.jpg"))
+    changed = next(key for key in keys[1::4] if key != "sample-9")
+    (source / f"{changed}.txt").write_bytes(b"changed since it was packed")
+    done = run_script("run_parallel.sh", *base, "--resume")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    failed = keys.index("sample-9") % 4
+    expected = dict.fromkeys(range(4), "kept") | {1: "created again, since files changed,"}
+    expected[failed] = "created"
+    for shard_id, how in expected.items():
+        assert f"Shard {shard_id} {how} with 10 samples." in lines, lines
+    content: dict[str, bytes] = {}
+    for shard_id in range(4):
+        content |= members(output / core.shard_name(shard_id))
+    assert content == {path.name: path.read_bytes() for path in source.iterdir()}
+
+
+def test_second_run_stops_at_once(old_and_new: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    source, _, new = old_and_new
+    run = flags(source, tmp_path / "o", f"--num-shards={SHARDS}")
+    first = start("run_parallel.sh", *run)
+    assert first.stdout and first.stdout.readline()
+    second = run_script("run_parallel.sh", *run)
+    assert second.returncode == 1 and "another run is packing" in second.stderr
+    assert second.stderr.count("\n") == 1
+    first.communicate(timeout=60)
+    assert first.returncode == 0 and hashes(tmp_path / "o") == hashes(new)
+    lock = core.lock_output(str(tmp_path / "o"))
+    second = run_script("create_with_ray.py", *run)
+    assert second.returncode == 1 and "another run is packing" in second.stderr
+    os.close(lock)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_ray_too(sent: signal.Signals, old_and_new, tmp_path: Path) -> None:
+    if sent != signal.SIGTERM and not SOAK:
+        pytest.skip("a Ray start each: make soak runs all three")
+    source, old, _ = old_and_new
+    shutil.copytree(old, tmp_path / "o")
+    process = start("create_with_ray.py", *flags(source, tmp_path / "o", "--num-shards=600"))
+    assert process.stdout and process.stdout.readline()
+    began = time.monotonic()
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - began < 5
+    assert process.returncode == 128 + sent and "Traceback" not in err, err
+    assert "--resume continues" in err
+    assert shards(tmp_path / "o") == hashes(old)
+    assert not ray_processes(process.pid)
+
+
+def ray_processes(session: int) -> list[str]:
+    """Return the processes that a driver's session has left."""
+    done = subprocess.run(["ps", "-o", "args=", "-s", str(session)], capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 5 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("driver", DRIVERS[: 2 if SOAK else 1])
+def test_full_disk(driver: str, small_disk: Path, old_and_new, tmp_path: Path) -> None:
+    few = write_pairs(tmp_path / "few", 10)
+    assert run_script("run_parallel.sh", *flags(few, small_disk / "o")).returncode == 0
+    before = hashes(small_disk / "o")
+    done = run_script(driver, *flags(old_and_new[0], small_disk / "o"))
+    assert done.returncode == 1 and "the disk is full" in done.stderr
+    assert all(line.startswith(("Shard ", driver, "create_")) for line in done.stderr.splitlines())
+    assert shards(small_disk / "o") == before
+    again = run_script("run_parallel.sh", *flags(few, small_disk / "o"))
+    assert again.returncode == 0 and hashes(small_disk / "o") == before, "a later run clears it"
+
+
+def test_file_size_limit(old_and_new, tmp_path: Path) -> None:
+    output = tmp_path / "o"
+    done = run_script(
+        "run_parallel.sh",
+        *flags(old_and_new[0], output),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+    )
+    assert done.returncode == 1 and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr and not shards(output)
+
+
+def test_read_only_output(small_disk: Path, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 4)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    done = run_script("run_parallel.sh", *flags(source, small_disk / "o"))
+    assert done.returncode == 1 and "Read-only file system; choose an --output" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", ["file", "output"])
+def test_permission_denied(where: str, tmp_path: Path) -> None:
+    source, output = write_pairs(tmp_path / "source", 4), tmp_path / "o"
+    output.mkdir(mode=0o500 if where == "output" else 0o700)
+    if where == "file":
+        (source / "sample-2.txt").chmod(0)
+    prefix = []
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root reads everything")
+        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    done = subprocess.run(
+        [*prefix, str(ROOT / "run_parallel.sh"), *flags(source, output, "--num-shards=2")],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "Permission denied; check the permissions" in done.stderr
+    assert ("sample-2.txt" if where == "file" else str(output)) in done.stderr
+    assert not shards(output) and "Traceback" not in done.stderr
+
+
+def test_too_many_open_files(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 4)
+    os.close(lowest := os.dup(0))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 2, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            core.create_webdataset(source, tmp_path / "o", 0, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caught.value.errno == errno.EMFILE
+    assert "raise the limit of open files (ulimit -n)" in core.explain(caught.value)
+
+
+def test_synced_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shard on the disk, then its name; all names on the disk, then the marker goes."""
+    source, calls = write_pairs(tmp_path / "source", 2), []
+    fsync, rename, unlink = os.fsync, os.rename, os.unlink
+
+    def path_of(fd: int) -> str:
+        return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))[:12]
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"sync {path_of(fd)}"), fsync(fd)))
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (calls.append(f"show {os.path.basename(b)}"), rename(a, b))
+    )
+    monkeypatch.setattr(
+        os, "unlink", lambda p, **o: (calls.append(f"drop {os.path.basename(p)}"), unlink(p, **o))
+    )
+    args = [f"--source={source}", f"--output={tmp_path / 'out'}", "--total-shards=1"]
+    run = core.plan_run(core.build_parser().parse_args(args))
+    core.start_run(run, resume=False)
+    core.pack_shard(run, 0, run.samples)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        core.finish_run(run)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (
+        calls[:8]
+        == [
+            "sync run.json",
+            "sync .shard-00000",
+            "show shard-000000.tar",  # in the staging folder
+            "sync .webdataset-",
+            "show shard-000000.tar",
+            "sync out",
+            "drop publishing",
+            *calls[7:8],
+        ]
+    )
+
+
+KINDS = st.sampled_from(["file"] * 8 + ["folder", "fifo", "link", "dangling", "circle", "deep"])
+STEMS = st.one_of(
+    st.text("ab.J_-", max_size=6).map(str.encode),
+    st.binary(max_size=8),
+    st.sampled_from([b"__a__", b"__init", b".hidden", b"a.b", b"new\nline", b"CON", b"\xff\xfe"]),
+    st.integers(0, 20).map(lambda number: b"sample-%d" % number),
+)
+ENDINGS = st.sampled_from([b".jpg", b".txt", b".JPG", b".Txt", b"", b".json", b".jpg.txt", b"."])
+
+
+def place(source: bytes, kind: str, name: bytes) -> None:
+    """Put one generated name into the source, whatever it is to be."""
+    path = os.path.join(source, name)
+    if kind == "deep":
+        os.makedirs(os.path.join(source, name[:3] or b"d"), exist_ok=True)
+        path, kind = os.path.join(source, name[:3] or b"d", name), "file"
+    if kind == "file":
+        with open(path, "xb") as stream:
+            stream.write(name)
+    elif kind == "folder":
+        os.mkdir(path)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        target = {"link": sys.executable.encode(), "dangling": b"nowhere", "circle": path}[kind]
+        os.symlink(target, path)
+
+
+@given(st.lists(st.tuples(KINDS, STEMS, ENDINGS), min_size=1, max_size=40), st.booleans())
+@settings(
+    max_examples=10_000 // 40 if SOAK else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+def test_any_names(tmp_path_factory, entries, skip_incomplete: bool) -> None:
+    """A clean refusal with nothing written, or a dataset with every sample exactly once."""
+    folder = tmp_path_factory.mktemp("n")
+    source = os.fsencode(folder / "source")
+    os.mkdir(source)
+    for kind, stem, ending in entries:
+        name = stem.replace(b"/", b"~").replace(b"\0", b"0") + ending
+        try:
+            place(source, kind, name)
+        except OSError:
+            continue  # the name is taken, or is no name
+    flags = ["--source", os.fsdecode(source), "--output", str(folder / "o"), "--shard-id=0"]
+    more = ["--skip-incomplete"] if skip_incomplete else []
+    code = core.main([*flags, "--total-shards=1", *more])
+    assert code in (0, 2)
+    if code == 2:
+        assert not (folder / "o").exists()
+    else:
+        expected: dict[str, bytes] = {}
+        for path, _, names in os.walk(source):
+            relative = os.path.relpath(path, source)
+            if b"/." in b"/" + relative.removeprefix(b"."):
+                continue
+            for name in names:
+                stem, _, extension = name.partition(b".")
+                field = extension.lower()
+                if field not in (b"jpg", b"txt") or not os.path.isfile(os.path.join(path, name)):
+                    continue
+                key = stem if relative == b"." else relative + b"/" + stem
+                with open(os.path.join(path, name), "rb") as stream:
+                    expected[f"{key.decode()}.{field.decode()}"] = stream.read()
+        whole = {
+            name: data
+            for name, data in expected.items()
+            if {f"{name[:-4]}.jpg", f"{name[:-4]}.txt"} <= expected.keys()
+        }
+        assert skip_incomplete or whole == expected
+        assert members(folder / "o" / "shard-000000.tar") == whole
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def home(folder: Path) -> Path:
+    """A folder full of what people have, some of it named nearly like ours."""
+    for name in (
+        ".ssh/id", ".bashrc", "shard-0000000.tar", "shard-000000.tar.bak", "SHARD-000000.tar",
+        "shard-00000a.tar", "thesis.tex", ".webdataset-notes/x", ".shard-000000",
+        "work/shard-000001.tar",
+        ".webdataset-0123/publishing", "run.json", "publishing",
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_unrelated_files_stay(tmp_path: Path) -> None:
+    source, output = write_pairs(tmp_path / "source", 9), home(tmp_path / "home")
+    before = hashes(output)
+    for more in (["--num-shards=3"], ["--num-shards=2"], ["--num-shards=9", "--resume"]):
+        assert run_script("run_parallel.sh", *flags(source, output, *more)).returncode == 0
+        after = hashes(output)
+        assert before.items() <= after.items()
+        assert len(after) - len(before) == int(more[0][-1])
+
+
+@pytest.mark.parametrize("where", ["source", "source/sub/deeper", "."])
+def test_output_in_or_above_the_source(where: str, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 9)
+    before = hashes(source)
+    for shards_wanted in (4, 3):
+        done = run_script(
+            "run_parallel.sh", *flags(source, tmp_path / where, f"--num-shards={shards_wanted}")
+        )
+        assert done.returncode == 0, done.stderr
+        assert before.items() <= hashes(source).items()
+    assert len(list((tmp_path / where).glob("*.tar"))) == 3
+
+
+def test_tars_of_the_source_are_safe(tmp_path: Path) -> None:
+    (tmp_path / "shard-000007.tar").write_bytes(b"mine")
+    done = run_script(
+        "run_parallel.sh", *flags(tmp_path, tmp_path, "--fields=tar", "--num-shards=1")
+    )
+    assert done.returncode == 2 and "inside --source" in done.stderr
+    assert hashes(tmp_path).keys() == {"shard-000007.tar"}
+
+
+def test_planted_links_and_folders(tmp_path: Path) -> None:
+    source, output = write_pairs(tmp_path / "source", 4), tmp_path / "output"
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("precious")
+    output.mkdir()
+    (output / "shard-000001.tar").symlink_to(precious / "file")
+    (output / "shard-000009.tar").symlink_to(precious / "file")
+    (output / f"{core.STAGING}{'0' * 16}").symlink_to(precious)
+    assert run_script("run_parallel.sh", *flags(source, output, "--num-shards=4")).returncode == 0
+    assert hashes(precious).keys() == {"file"} and (precious / "file").read_text() == "precious"
+    assert not (output / "shard-000001.tar").is_symlink()
+    (output / core.LOCK).symlink_to(precious / "file")
+    done = run_script("run_parallel.sh", *flags(source, output))
+    assert done.returncode == 1 and core.LOCK in done.stderr
+    (output / core.LOCK).unlink()
+    (output / "shard-000123.tar").mkdir()
+    done = run_script("run_parallel.sh", *flags(source, output))
+    assert done.returncode == 2 and "shard-000123.tar" in done.stderr
+    assert (precious / "file").read_text() == "precious"
+
+
+def test_direct_packing_clears_its_own_leftovers(tmp_path: Path) -> None:
+    source, output = write_pairs(tmp_path / "source", 4), tmp_path / "o"
+    output.mkdir()
+    for name in (".shard-000000-01234567", ".shard-000001-01234567", ".shard-000000-mine"):
+        (output / name).touch()
+    flags = [f"--source={source}", f"--output={output}", "--shard-id=0", "--total-shards=2"]
+    assert core.main(flags) == 0
+    assert sorted(os.listdir(output)) == [
+        ".shard-000000-mine",
+        ".shard-000001-01234567",
+        "shard-000000.tar",
+    ]
