@@ -34,7 +34,6 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 try:
     import webdataset as wds
-    from tqdm import tqdm
     from webdataset.tariterators import base_plus_ext
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
@@ -80,7 +79,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         cure = CURES.get(error.errno or 0)
         return f"{error.filename!r}: {error.strerror}" + (f"; {cure}" if cure else "")
-    return str(error) or type(error).__name__
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
@@ -872,6 +871,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def pack_shards(args: argparse.Namespace) -> int:
     """Pack shards I, I+K, ... of a staged run, or straight into --output, and report each."""
+    from tqdm import tqdm  # here, since the nodes of a Ray cluster need only webdataset
+
     if args.shard_step is not None and args.shard_step < 1:
         raise Refused(f"--shard-step {args.shard_step}: not a number from 1")
     run = load_run(args.run) if args.run else plan_run(args)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -13,7 +16,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from create_webdataset import (
+    Failed,
     Parser,
+    Refused,
     Run,
     Shard,
     add_pack_arguments,
@@ -23,16 +28,26 @@ from create_webdataset import (
     pack_shard,
     plan_run,
     report,
+    sample_files,
     start_run,
 )
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported: it reports usage
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported
 try:
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from tqdm import tqdm
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
 
 HERE = Path(__file__).resolve().parent
+RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
+HICCUPS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what network storage says for a while
+PROBE = "probe"  # a file in the staging folder that every node must be able to read
+
+
+class Hiccup(Exception):
+    """An error of the storage that may be gone at the next attempt."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,10 +55,80 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     add_pack_arguments(parser)
     parser.set_defaults(source=HERE / "source_data", output=HERE / "webdataset_output")
-    parser.add_argument("--num-workers", type=int, default=4, metavar="N", help="tasks at a time")
+    parser.add_argument(
+        "--address", metavar="auto|HOST:PORT", help="an existing cluster (default: a local one)"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, metavar="N", help="tasks at a time (default: 4, or all CPUs)"
+    )
     parser.add_argument("--num-shards", type=int, metavar="N", help="shards (default: as workers)")
     parser.add_argument("--resume", action="store_true", help="keep what an interrupted run did")
     return parser
+
+
+def connect(address: str | None, num_workers: int | None) -> int:
+    """Start a local cluster, or join the one at `address`; return the number of tasks at a time.
+
+    Raises:
+        Failed: no cluster answers at that address.
+    """
+    quiet = functools.partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
+    if address is None:
+        num_workers = num_workers or 4  # "local": never a cluster that happens to run here
+        quiet(address="local", num_cpus=num_workers, include_dashboard=False)
+        return num_workers
+    modules = [str(HERE / "create_webdataset.py"), str(HERE / "create_with_ray.py")]
+    try:
+        if address != "auto":  # ray itself would knock for many minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        quiet(address=address, runtime_env={"py_modules": modules})
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise Failed(f"--address {address}: {reason}; see README, On a cluster") from None
+    return num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def probe_node(run: Run, path: str) -> bool:
+    """Tell whether this node sees the staging folder, as the driver wrote it, and the source."""
+    try:
+        probe = Path(run.staging, PROBE).read_text(encoding="utf-8")
+        return probe == run.staging and os.path.exists(os.path.join(run.source, path))
+    except OSError:
+        return False
+
+
+def check_nodes(run: Run) -> None:
+    """Refuse paths that are not the same on every node of the cluster, before any work."""
+    Path(run.staging, PROBE).write_text(run.staging, encoding="utf-8")
+    path = sample_files(run.samples[0], run.fields)[0]
+    frame = run._replace(samples=())
+    answers = {}
+    for node in ray.nodes():
+        if node["Alive"] and node["Resources"].get("CPU"):
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(probe_node).options(num_cpus=0, scheduling_strategy=here)
+            answers[node["NodeManagerAddress"]] = task.remote(frame, path)
+    blind = [name for name, answer in answers.items() if not ray.get(answer)]
+    if blind:
+        raise Failed(
+            f"nodes {', '.join(blind)} do not see the files that this machine sees: --source and "
+            "--output must be on storage that all nodes share, under the same path"
+        )
+
+
+def pack_on_node(run: Run, shard_id: int, samples: Sequence[str]) -> Shard:
+    """Pack one shard, as a Ray task; say on which node it failed.
+
+    Raises:
+        Hiccup: the storage failed in a way that may pass; Ray tries again.
+        Failed: anything else; to try again would not help.
+    """
+    try:
+        return pack_shard(run, shard_id, samples)
+    except (Failed, OSError) as error:
+        kind = Hiccup if getattr(error, "errno", None) in HICCUPS else Failed
+        raise kind(f"{explain(error)} (on node {ray.util.get_node_ip_address()})") from None
 
 
 def pack_all(run: Run, num_workers: int) -> Iterator[tuple[int, Shard | Exception]]:
@@ -52,60 +137,69 @@ def pack_all(run: Run, num_workers: int) -> Iterator[tuple[int, Shard | Exceptio
     Yields:
         (shard id, what packing it did or raised), as the tasks finish.
     """
-    task = ray.remote(pack_shard)
+    task = ray.remote(pack_on_node).options(
+        max_retries=RETRIES, retry_exceptions=[Hiccup], scheduling_strategy="SPREAD"
+    )
     frame = run._replace(samples=())  # each task gets its own samples alone
     shard_ids = iter(range(run.total_shards))
     running: dict[ray.ObjectRef[Shard], int] = {}
-    while True:
-        for shard_id in islice(shard_ids, num_workers - len(running)):
-            running[task.remote(frame, shard_id, run.shard_samples(shard_id))] = shard_id
-        if not running:
-            return
-        for done in ray.wait(list(running))[0]:
-            shard_id = running.pop(done)
-            try:
-                yield shard_id, ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                yield shard_id, error.cause
-            except ray.exceptions.RayError as error:
-                yield shard_id, error
-
-
-@one_line_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; see --help."""
-    args = build_parser().parse_args(argv)
-    if args.num_workers < 1:
-        build_parser().error(f"--num-workers {args.num_workers}: not a number from 1")
-    args.total_shards = args.num_workers if args.num_shards is None else args.num_shards
-    run = plan_run(args)
-    start_run(run, args.resume)
-    ray.init(
-        address="local",  # never a cluster that happens to run
-        num_cpus=args.num_workers,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
     try:
-        for shard_id, outcome in pack_all(run, args.num_workers):
-            if isinstance(outcome, Shard):
-                print(report(outcome), flush=True)
-            else:
-                print(f"Shard {shard_id} failed: {explain(outcome)}", file=sys.stderr)
+        while True:
+            for shard_id in islice(shard_ids, num_workers - len(running)):
+                running[task.remote(frame, shard_id, run.shard_samples(shard_id))] = shard_id
+            if not running:
+                return
+            for done in ray.wait(list(running))[0]:
+                shard_id = running.pop(done)
+                try:
+                    yield shard_id, ray.get(done)
+                except ray.exceptions.RayTaskError as error:
+                    yield shard_id, error.cause
+                except ray.exceptions.RayError as error:
+                    yield shard_id, error
     finally:
-        ray.shutdown()
-    summary = finish_run(run)
-    print(f"All shards created successfully with Ray.\n{summary}")
-    return 0
+        for task_left in running:  # only after a signal or an error
+            ray.cancel(task_left, force=True)
 
 
 def stop(number: int, _frame: object) -> NoReturn:
     """End the run on a signal, with the exit code that a shell gives it."""
     print("stopped; the previous dataset is untouched; --resume continues", file=sys.stderr)
     sys.exit(128 + number)
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; see --help."""
+    args = build_parser().parse_args(argv)
+    if args.num_workers is not None and args.num_workers < 1:
+        raise Refused(f"--num-workers {args.num_workers}: not a number from 1")
+    if args.address and args.num_shards is None:
+        raise Refused(
+            "--address needs --num-shards, so that the shards do not depend on the cluster"
+        )
+    args.total_shards = args.num_shards if args.num_shards is not None else args.num_workers or 4
+    run = plan_run(args)
+    start_run(run, args.resume)
+    try:
+        num_workers = connect(args.address, args.num_workers)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, stop)  # after Ray has set its own
+        if args.address:
+            check_nodes(run)
+        with tqdm(total=len(run.samples), unit=" samples", disable=None) as bar:
+            for shard_id, outcome in pack_all(run, num_workers):
+                bar.update(outcome.samples if isinstance(outcome, Shard) else 0)
+                with bar.external_write_mode():
+                    if isinstance(outcome, Shard):
+                        print(report(outcome), flush=True)
+                    else:
+                        print(f"Shard {shard_id} failed: {explain(outcome)}", file=sys.stderr)
+    finally:
+        ray.shutdown()
+    summary = finish_run(run)
+    print(f"All shards created successfully with Ray.\n{summary}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,195 @@
+"""Ray with several nodes: all work, losing one changes nothing, none is joined by accident."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from conftest import ROOT, hashes, run_script, write_pairs
+from ray.cluster_utils import Cluster
+
+import create_webdataset as core
+import create_with_ray
+
+pack_on_node = create_with_ray.pack_on_node
+SHARDS = 64
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("cluster") / "source", 5_000, largest=4_000)
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path) -> dict[str, str]:
+    """The hashes of the shards that bash packs."""
+    output = source.parent / "bash"
+    done = run_script(
+        "run_parallel.sh", "--source", source, "--output", output, f"--num-shards={SHARDS}"
+    )
+    assert done.returncode == 0, done.stderr
+    return hashes(output)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes with one CPU each."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def pack(source: Path, output: Path, cluster: Cluster, *more: str) -> int:
+    flags = ["--source", str(source), "--output", str(output), "--address", cluster.address]
+    return create_with_ray.main([*flags, f"--num-shards={SHARDS}", *more])
+
+
+def once(path: Path) -> bool:
+    """Tell whether this is the first call, in any process, with this path."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def test_all_nodes_work(source, expected, cluster, tmp_path, monkeypatch, capfd) -> None:
+    nodes = tmp_path / "nodes"
+    nodes.mkdir()
+
+    def noting(run: core.Run, shard_id: int, samples: list[str]) -> core.Shard:
+        once(nodes / ray.get_runtime_context().get_node_id())
+        assert not run.samples and len(samples) <= 79, "a task gets its own names alone"
+        shipped = [path for path in sys.path if "py_modules_files" in path]
+        assert any(os.path.exists(f"{path}/create_webdataset.py") for path in shipped)
+        return pack_on_node(run, shard_id, samples)
+
+    monkeypatch.setattr(create_with_ray, "pack_on_node", noting)
+    assert pack(source, tmp_path / "o", cluster) == 0, capfd.readouterr().err
+    assert hashes(tmp_path / "o") == expected
+    assert len(os.listdir(nodes)) == 3
+    lines = capfd.readouterr().out.splitlines()
+    assert sum(line.startswith("Shard ") for line in lines) == SHARDS
+
+
+def test_hiccups_are_retried_and_nothing_else(cluster, tmp_path, monkeypatch, capfd) -> None:
+    """A real EIO that is gone at the second attempt; a file that became a FIFO stays one."""
+    source = write_pairs(tmp_path / "source", 128)
+    listing = core.list_samples(source).samples
+    sick, broken = (source / f"{listing[shard_id]}.jpg" for shard_id in (3, 7))
+    healthy = sick.rename(tmp_path / "healthy")
+    sick.symlink_to("/proc/self/mem")  # listed as a file, but its read gives EIO
+
+    def noting(run: core.Run, shard_id: int, samples: list[str]) -> core.Shard:
+        with (tmp_path / f"tries-{shard_id}").open("a") as stream:
+            stream.write("x")
+        if shard_id == 7:
+            broken.unlink(missing_ok=True)
+            os.mkfifo(broken)
+        try:
+            return pack_on_node(run, shard_id, samples)
+        except create_with_ray.Hiccup:
+            os.replace(healthy, sick)
+            raise
+
+    monkeypatch.setattr(create_with_ray, "pack_on_node", noting)
+    assert pack(source, tmp_path / "o", cluster) == 1
+    err = capfd.readouterr().err
+    assert re.search(r"Shard 7 failed: '[^']+' changed while .* \(on node [\d.]+\)", err), err
+    assert "not packed: shards 7;" in err
+    tries = {n: (tmp_path / f"tries-{n}").read_text() for n in range(SHARDS)}
+    assert {n: t for n, t in tries.items() if t != "x"} == {3: "xx"}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+def test_which_errors_are_hiccups(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> core.Shard:
+        raise OSError(number, os.strerror(number), "name")
+
+    monkeypatch.setattr(create_with_ray, "pack_shard", fail)
+    expected = core.Failed if number == errno.EACCES else create_with_ray.Hiccup
+    with pytest.raises(expected, match=f"'name': {os.strerror(number)}.*on node"):
+        create_with_ray.pack_on_node(None, 0, [])
+
+
+def test_paths_that_nodes_do_not_share(source, cluster, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(create_with_ray, "probe_node", lambda *_: False)
+    assert pack(source, tmp_path / "o", cluster) == 1
+    err = capfd.readouterr().err
+    assert "must be on storage that all nodes share" in err and err.count("\n") == 1
+    assert not list((tmp_path / "o").glob("*.tar"))
+
+
+def test_losing_workers_and_a_node(source, expected, cluster, tmp_path, monkeypatch, capfd) -> None:
+    """The last test on this cluster: it loses a node and three worker processes midway."""
+
+    def dying(run: core.Run, shard_id: int, samples: list[str]) -> core.Shard:
+        if shard_id in (5, 20, 40) and once(tmp_path / str(shard_id)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05)
+        return pack_on_node(run, shard_id, samples)
+
+    finished: list[str] = []
+
+    def report(shard: core.Shard) -> str:
+        finished.append(core.report(shard))
+        if len(finished) == 10:
+            cluster.remove_node(cluster.list_all_nodes()[-1])
+        return finished[-1]
+
+    monkeypatch.setattr(create_with_ray, "pack_on_node", dying)
+    monkeypatch.setattr(create_with_ray, "report", report)
+    assert pack(source, tmp_path / "o", cluster, "--num-workers=6") == 0, capfd.readouterr().err
+    assert len(finished) == SHARDS and len(cluster.list_all_nodes()) == 2
+    assert hashes(tmp_path / "o") == expected
+
+
+def test_a_running_cluster_is_not_joined(source, expected, cluster, tmp_path) -> None:
+    """A local run while a cluster is up, even one named in the environment, starts its own."""
+    command = [sys.executable, ROOT / "create_with_ray.py", "--source", source, "--output"]
+    process = subprocess.Popen(
+        [*map(str, command), str(tmp_path / "o"), f"--num-shards={SHARDS}"],
+        env={**os.environ, "RAY_ADDRESS": cluster.address},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout
+    while process.poll() is None and not process.stdout.readline().startswith("Shard"):
+        pass
+    own = subprocess.run(["pgrep", "-s", str(process.pid), "raylet"], capture_output=True)
+    assert own.stdout, "it has a raylet of its own"
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and hashes(tmp_path / "o") == expected
+    left = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True)
+    assert not left.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "code"),
+    [
+        (["--address=auto"], "--address needs --num-shards", 2),
+        (["--address=127.0.0.1:1", "--num-shards=2"], "Connection refused", 1),
+        (["--address=nonsense", "--num-shards=2"], "--address nonsense", 1),
+    ],
+)
+def test_addresses(flags, message, code, tmp_path, capfd) -> None:
+    source = write_pairs(tmp_path / "source", 4)
+    argv = [*flags, "--source", str(source), "--output", str(tmp_path / "o")]
+    assert create_with_ray.main(argv) == code
+    err = capfd.readouterr().err
+    assert message in err and err.count("\n") == 1, err
