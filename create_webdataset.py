@@ -27,7 +27,7 @@ import tarfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -458,7 +458,7 @@ def read_files(paths: Iterator[str], source_fd: int) -> Generator[File, None, No
             yield from read_ahead(paths, source_fd)
 
 
-def read_batch(paths: Sequence[str], source_fd: int) -> list[File]:
+def read_batch(source_fd: int, paths: Sequence[str]) -> list[File]:
     """Return what `read_file` gives for each path."""
     return [read_file(path, source_fd) for path in paths]
 
@@ -469,22 +469,66 @@ def read_ahead(paths: Iterator[str], source_fd: int) -> Iterator[File]:
     Many reads at a time hide the latency of NFS, Lustre or a cloud disk; on a fast disk, threads
     cost two to three times what they save.
     """
-    batches: deque[Future[list[File]]] = deque()
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        try:
-            while True:
-                while len(batches) < READ_BATCHES and (batch := list(islice(paths, READ_BATCH))):
-                    batches.append(pool.submit(read_batch, batch, source_fd))
-                if not batches:
-                    return
-                yield from batches.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    batches = iter(lambda: list(islice(paths, READ_BATCH)), [])
+    read = functools.partial(read_batch, source_fd)
+    for files in in_order(ThreadPoolExecutor(READ_THREADS), read, batches, READ_BATCHES):
+        yield from files
+
+
+def in_order(
+    pool: Executor, work: Callable[[Any], Any], tasks: Iterator[Any], ahead: int
+) -> Iterator[Any]:
+    """Yield work(task) for each task, in order, with at most `ahead` begun; end the pool."""
+    begun: deque[Future[Any]] = deque()
+    try:
+        while True:
+            for task in islice(tasks, ahead - len(begun)):
+                begun.append(pool.submit(work, task))
+            if not begun:
+                return
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def stamp(status: os.stat_result) -> bytes:
     """Return what tells a source file from a later version of it."""
     return b"%d %d " % (status.st_size, status.st_mtime_ns)
+
+
+def write_samples(
+    stream: BinaryIO,
+    source: str | os.PathLike[str],
+    samples: Sequence[str],
+    fields: Sequence[str],
+    progress: Progress | None = None,
+) -> Any:
+    """Write the tar archive of these samples to a stream.
+
+    Returns:
+        A hash object that has seen the sizes and times of all the files.
+    """
+    seen = hashlib.blake2b(digest_size=16)
+    source_fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    files = read_files((path for s in samples for path in sample_files(s, fields)), source_fd)
+    try:
+        with FastTarWriter(stream) as sink:
+            for sample in samples:
+                data = {}
+                for field in fields:
+                    data[field], status = next(files)
+                    seen.update(stamp(status))
+                sink.write({"__key__": sample_key(sample), **data})
+                if progress:
+                    progress(1)
+    except OSError as error:
+        if error.filename:  # the path of a file that could not be read, below source
+            error.filename = os.path.join(source, error.filename)
+        raise
+    finally:
+        files.close()
+        os.close(source_fd)
+    return seen
 
 
 def create_webdataset(
@@ -522,37 +566,21 @@ def create_webdataset(
         os.makedirs(output, exist_ok=True)
     # No reader globs this name, and no two attempts at the same shard share it.
     partial = os.path.join(output, f".shard-{shard_id:06d}-{secrets.token_hex(4)}")
-    proof = hashlib.blake2b(digest_size=16)
-    source_fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
-    files = read_files(
-        (path for sample in samples for path in sample_files(sample, fields)), source_fd
-    )
     try:
         with open(partial, "xb") as stream:
-            with FastTarWriter(stream) as sink:
-                for sample in samples:
-                    data = {}
-                    for field in fields:
-                        data[field], status = next(files)
-                        proof.update(stamp(status))
-                    sink.write({"__key__": sample_key(sample), **data})
-                    if progress:
-                        progress(1)
+            seen = write_samples(stream, source, samples, fields, progress)
             stream.flush()
             os.fsync(stream.fileno())
-            shard_status = os.fstat(stream.fileno())
+            status = os.fstat(stream.fileno())
         os.rename(partial, os.path.join(output, shard_name(shard_id)))
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(partial)
-        if isinstance(error, OSError):  # a failed write names no file, a failed read half a path
-            error.filename = os.path.join(source, error.filename) if error.filename else partial
+        if isinstance(error, OSError) and not error.filename:  # a failed write names no file
+            error.filename = partial
         raise
-    finally:
-        files.close()
-        os.close(source_fd)
-    proof.update(b"%d" % shard_status.st_ino)
-    return Shard(shard_id, len(samples), shard_status.st_size, proof.hexdigest())
+    seen.update(b"%d" % status.st_ino)
+    return Shard(shard_id, len(samples), status.st_size, seen.hexdigest())
 
 
 # ---------------------------------------------------------------- from shards to a dataset
@@ -585,7 +613,7 @@ def plan_run(args: argparse.Namespace) -> Run:
     """Check everything that a run needs; nothing is written.
 
     Args:
-        args: the flags of `add_pack_arguments`.
+        args: the flags of `add_source_arguments`, and output and total_shards.
 
     Raises:
         Refused: bad input.
@@ -830,23 +858,19 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 # ---------------------------------------------------------------- command line
 
 
-def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that mean the same in the core and in every driver."""
-    parser.add_argument("--source", help="folder of the raw files, listed recursively")
-    parser.add_argument("--output", help="folder for the shards")
-    parser.add_argument(
-        "--fields", default="jpg,txt", help="the fields of a sample (default: jpg,txt)"
-    )
-    parser.add_argument(
-        "--skip-incomplete", action="store_true", help="drop samples that lack a field"
-    )
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what a source is, and mean the same in every script."""
+    parser.add_argument("--source", metavar="DIR", help="folder of the raw files")
+    parser.add_argument("--fields", default="jpg,txt", help="fields of a sample (default: jpg,txt)")
+    parser.add_argument("--skip-incomplete", action="store_true", help="drop incomplete samples")
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle before sharding")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = Parser(description="Pack one shard (or every K-th) of a folder of samples.")
-    add_pack_arguments(parser)
+    add_source_arguments(parser)
+    parser.add_argument("--output", metavar="DIR", help="folder for the shards")
     parser.add_argument("--shard-id", type=int, metavar="I", help="the shard to pack, from 0")
     parser.add_argument("--total-shards", type=int, metavar="N", help="number of shards")
     parser.add_argument("--shard-step", type=int, metavar="K", help="pack shards I, I+K, I+2K, ...")

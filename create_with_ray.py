@@ -21,7 +21,7 @@ from create_webdataset import (
     Refused,
     Run,
     Shard,
-    add_pack_arguments,
+    add_source_arguments,
     explain,
     finish_run,
     one_line_errors,
@@ -53,7 +53,8 @@ class Hiccup(Exception):
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = Parser(description=__doc__)
-    add_pack_arguments(parser)
+    add_source_arguments(parser)
+    parser.add_argument("--output", metavar="DIR", help="folder for the shards")
     parser.set_defaults(source=HERE / "source_data", output=HERE / "webdataset_output")
     parser.add_argument(
         "--address", metavar="auto|HOST:PORT", help="an existing cluster (default: a local one)"

@@ -1,15 +1,23 @@
-"""Read WebDataset shards back: print every sample, and what the dataset holds in all."""
+"""Read WebDataset shards back: look at the samples, check the shards, prove them complete."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import io
 import os
+import random
+import re
+import signal
 import sys
-import tarfile
-from collections.abc import Iterator, Sequence
+import textwrap
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from create_webdataset import (
     INTERRUPTED,
@@ -17,41 +25,64 @@ from create_webdataset import (
     Failed,
     Parser,
     Refused,
+    add_source_arguments,
     explain,
+    in_order,
     interrupted_publishing,
+    list_samples,
     one_line_errors,
+    parse_fields,
+    sample_files,
+    sample_key,
+    shard_name,
+    write_samples,
 )
 
 try:
     import webdataset as wds
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageOps
+    from tqdm import tqdm
+    from webdataset.tariterators import base_plus_ext
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
 
 IMAGE_FIELDS = {"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
 TEXT_LIMIT = 200  # characters of a text that are printed
+MAX_IMAGE = 256 << 20  # bytes of an image that --decode takes into memory
+SHOWN = 5  # faults of one kind that are named; the rest are counted
+
+# ---------------------------------------------------------------- finding the shards
 
 
-def find_shards(path: str) -> list[str]:
-    """Return the shards of a dataset, in order, as paths that webdataset opens as they are.
+def find_shards(path: str, faults: Faults) -> list[str]:
+    """Return the names of the shards of a dataset, in order; note gaps, strays and folders.
 
     Raises:
         Refused: there are none.
         Failed: a run was cut short while its shards replaced the previous ones.
     """
     try:
-        names = sorted(name for name in os.listdir(path) if SHARD_PATTERN.fullmatch(name))
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         if interrupted_publishing(path):
             raise Failed(f"{path!r}: {INTERRUPTED}")
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise Refused(f"--path: {explain(error)}") from None
+    names = []
+    for entry in entries:
+        if SHARD_PATTERN.fullmatch(entry.name):
+            if entry.is_file():
+                names.append(entry.name)
+            else:
+                faults["not a file"].append(entry.name)
+        elif re.fullmatch(r"shard-.*\.tar", entry.name, re.DOTALL):
+            faults["stray file, which readers may take for a shard"].append(entry.name)
     if not names:
         raise Refused(f"--path {path!r} has no shard-*.tar; pack some with ./run_parallel.sh")
-    return [os.path.join(path, name) for name in names]
+    return names
 
 
 def open_shards(urls: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Open each shard as the plain file it is.
+    """Open each shard as the plain file it is; this takes the place of webdataset's own opener.
 
     webdataset takes a path for a URL: it cuts "a#b" or "a?b" short, and runs "pipe:..." in a shell.
     """
@@ -60,57 +91,508 @@ def open_shards(urls: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {"url": url["url"], "stream": stream}
 
 
-def read_samples(shards: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield every sample of the shards, in order.
-
-    Raises:
-        Failed: webdataset cannot read a shard.
-    """
-    # No splitters: the RANK or WORKER of a training job must not hide shards from a reader.
-    dataset = wds.WebDataset(shards, shardshuffle=False, nodesplitter=None, workersplitter=None)
+def plain_dataset(shards: Sequence[str], **options: Any) -> wds.WebDataset:
+    """Return a wds.WebDataset over shards whose paths are plain paths, whatever they look like."""
+    dataset = wds.WebDataset(list(shards), **options)
     dataset.pipeline = [
         open_shards if isinstance(stage, wds.cache.StreamingOpen) else stage
         for stage in dataset.pipeline
     ]
+    return dataset
+
+
+# ---------------------------------------------------------------- checking one shard
+
+Faults = defaultdict[str, list[str]]  # what is wrong -> where
+BLOCK = 512
+
+
+class Damaged(Exception):
+    """A shard that is not one whole, plain tar archive of plain files."""
+
+
+class Task(NamedTuple):
+    """What a process needs to check one shard."""
+
+    path: str
+    decode: bool = False
+    source: str = ""
+    fields: Sequence[str] = ()
+    samples: Sequence[str] | None = None  # that the source has for this shard
+
+
+class Report(NamedTuple):
+    """What a shard holds: (kind of fault, detail) for each fault, and its samples."""
+
+    path: str
+    size: int
+    keys: Sequence[str]  # in order; empty where the shard is proved to be what it must be
+    samples: int
+    field_sets: Mapping[tuple[str, ...], str]  # fields -> a key that has them
+    faults: Sequence[tuple[str, str]]
+    sound: bool  # webdataset can read it
+
+
+def read_number(field: bytes) -> int:
+    """Return a number of a tar header: octal digits, or big-endian after a byte 0x80 (GNU)."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.split(b"\0")[0].strip()
+    if not re.fullmatch(b"[0-7]*", digits):
+        raise Damaged("bad number in a header")
+    return int(digits or b"0", 8)
+
+
+def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
+    """Yield (name, size) of each member, with the stream at its content.
+
+    Understands what tar writers make of plain files: POSIX ustar and pax headers, and GNU's long
+    names (https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html, "ustar Interchange
+    Format"). All else is refused, where readers would guess, skip it, or stop early in silence.
+    """
+    extended: dict[str, str] = {}
+    offset = 0
+    while True:
+        stream.seek(offset)
+        header = stream.read(BLOCK)
+        if len(header) < BLOCK:
+            raise Damaged("cut short: the end-of-archive blocks are missing")
+        if not header[0] and not any(header):
+            break
+        checksum = sum(header) - sum(header[148:156]) + 8 * 0x20
+        if read_number(header[148:156]) != checksum:
+            raise Damaged(f"no tar header at byte {offset:,}: damaged, compressed or no tar at all")
+        kind, size = header[156:157], read_number(header[124:136])
+        size = int(extended["size"]) if kind in b"0\0" and "size" in extended else size
+        if offset + BLOCK + size > end:
+            raise Damaged(f"cut short: the member at byte {offset:,} is not whole")
+        if kind in (b"x", b"L"):
+            if size > 1 << 16:
+                raise Damaged(f"extended header of {size:,} bytes")
+            extended |= read_extended(kind, stream.read(size))
+        elif kind in (b"0", b"\0"):
+            name, prefix = (header[a:b].split(b"\0")[0] for a, b in ((0, 100), (345, 500)))
+            whole = prefix + b"/" + name if prefix else name
+            yield extended.get("path") or whole.decode("utf-8", "surrogateescape"), size
+            extended = {}
+        elif kind == b"5":  # a folder, which readers skip and lose nothing
+            extended = {}
+        else:
+            raise Damaged(f"member of type {kind!r}, which is no plain file, at byte {offset:,}")
+        offset += BLOCK + size
+        if size % BLOCK:
+            stream.seek(offset)
+            if any(stream.read(BLOCK - size % BLOCK)):
+                raise Damaged(f"bytes other than zero behind the member that ends at {offset:,}")
+            offset += BLOCK - size % BLOCK
+    stream.seek(offset)
+    if end - offset < 2 * BLOCK:
+        raise Damaged("cut short: the second end-of-archive block is missing")
+    while rest := stream.read(1 << 20):
+        if any(rest):
+            raise Damaged("trailing garbage behind the end of the archive")
+
+
+def read_extended(kind: bytes, data: bytes) -> dict[str, str]:
+    """Return what a pax header ("27 path=...\\n") or a GNU long name says about the next member."""
+    if kind == b"L":
+        return {"path": data.split(b"\0")[0].decode("utf-8", "surrogateescape")}
+    values = {}
+    while data:
+        match = re.match(rb"(\d{1,9}) ([^=]+)=", data)
+        length = int(match[1]) if match else 0
+        if not match or not match.end() < length <= len(data) or data[length - 1] != 0x0A:
+            raise Damaged("bad extended header")
+        name, value = match[2].decode("utf-8", "replace"), data[match.end() : length - 1]
+        if name.startswith("GNU.sparse") or (
+            name == "size" and not re.fullmatch(rb"\d{1,19}", value)
+        ):
+            raise Damaged(f"extended header {name!r}")
+        values[name] = value.decode("utf-8", "surrogateescape")
+        data = data[length:]
+    return values
+
+
+class Comparison(io.BytesIO):
+    """A stream to write to that compares what is written with what a file holds."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def write(self, data: Any) -> int:
+        """Compare the next bytes."""
+        if self.stream.read(len(data)) != data:
+            raise Damaged("differs")
+        return len(data)
+
+
+def check_shard(task: Task) -> Report:
+    """Check one shard; a shard that is, byte for byte, what it must be is not looked at twice."""
+    with open(task.path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if task.samples is not None and not task.decode:
+            try:
+                write_samples(Comparison(stream), task.source, task.samples, task.fields)
+                if not stream.read(1):
+                    fields = {tuple(task.fields): sample_key(task.samples[0])}
+                    return Report(task.path, size, (), len(task.samples), fields, (), True)
+            except Damaged:
+                stream.seek(0)
+        return take_apart(task, stream, size)
+
+
+def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
+    """Read a shard member by member, and note what is wrong with it."""
+    faults: list[tuple[str, str]] = []
+    keys: list[str] = []
+    fields: dict[tuple[str, ...], str] = {}
+    expected = {sample_key(sample): sample for sample in task.samples or ()}
+    current: list[str] = []
+    seen: set[str] = set()
+
+    def finish_sample() -> None:
+        if keys:
+            fields.setdefault(tuple(sorted(current)), keys[-1])
+            if keys[-1] in expected and sorted(current) != sorted(task.fields):
+                faults.append(("fields differ from the source", repr(keys[-1])))
+        current.clear()
+
+    sound = False
     try:
-        yield from dataset
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise Failed(f"a shard is damaged: {error.args[0]}") from None
+        for name, length in read_members(stream, size):
+            key, field = base_plus_ext(name)
+            if key is not None and field.startswith("__"):
+                raise Damaged(f"member {name!r}, whose field is reserved")
+            if key is None or re.match(r"__[^/]*__($|/)", name):
+                faults.append(("member that readers drop", repr(name)))
+                continue
+            if not keys or key != keys[-1]:
+                finish_sample()
+                if key in seen:
+                    faults.append(("key occurs twice", repr(key)))
+                seen.add(key)
+                keys.append(key)
+            if field.lower() in current:
+                raise Damaged(f"field {field!r} occurs twice in sample {key!r}")
+            current.append(field.lower())
+            faults.extend(
+                check_content(task, expected.get(key), key, field.lower(), stream, length)
+            )
+        sound = True
+        if not keys:
+            faults.append(("empty shard", os.path.basename(task.path)))
+    except Damaged as error:
+        faults.append(("damaged", str(error)))
+    finish_sample()
+    return Report(task.path, size, keys, len(keys), fields, faults, sound)
+
+
+def check_content(
+    task: Task, sample: str | None, key: str, field: str, stream: BinaryIO, length: int
+) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the content of a member, compared with its file and with Pillow."""
+    if sample is not None and field in task.fields:
+        path = sample_files(sample, task.fields)[list(task.fields).index(field)]
+        with open(os.path.join(task.source, path), "rb") as file:
+            start = stream.tell()
+            pieces = iter(lambda: file.read(1 << 20), b"")
+            left = length - os.fstat(file.fileno()).st_size
+            if left or any(piece != stream.read(len(piece)) for piece in pieces):
+                yield "bytes differ from the source", repr(f"{key}.{field}")
+            stream.seek(start)
+    if task.decode and field in IMAGE_FIELDS:
+        problem = "too large" if length > MAX_IMAGE else decode_problem(stream.read(length))
+        if problem:
+            yield "image that cannot be decoded", f"{f'{key}.{field}'!r} ({problem})"
+
+
+def decode_problem(data: bytes) -> str:
+    """Decode an image in full; return what is wrong with it, or nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+        return ""
+    except Exception as error:  # Pillow's decoders raise nearly anything on hostile data
+        return type(error).__name__
+
+
+# ---------------------------------------------------------------- checking a dataset
+
+
+def check_dataset(
+    path: str, names: Sequence[str], args: argparse.Namespace, faults: Faults
+) -> list[Report]:
+    """Check every shard, in `--num-workers` processes, and what only shows across shards."""
+    fields = parse_fields(args.fields)
+    listed: Sequence[str] | None = None
+    if args.source is not None:
+        listed = list_samples(args.source, fields, args.skip_incomplete, args.shuffle).samples
+    total = count_shards(path, names, listed)
+    tasks = (
+        Task(os.path.join(path, name), args.decode)
+        if listed is None
+        else Task(
+            os.path.join(path, name),
+            args.decode,
+            args.source,
+            fields,
+            listed[shard_id(name) :: total],
+        )
+        for name in names
+    )
+    for number in sorted(set(range(total)) - {shard_id(name) for name in names}):
+        faults["missing shard"].append(shard_name(number))
+    reports: list[Report] = []
+    with tqdm(total=len(names), unit=" shards", disable=None) as bar:
+        for report in check_shards_of(tasks, args.num_workers):
+            bar.update()
+            reports.append(report)
+            for kind, detail in report.faults:
+                faults[kind].append(f"{os.path.basename(report.path)}: {detail}")
+    compare_shards(reports, listed, total, faults)
+    return reports
+
+
+def check_shards_of(tasks: Iterator[Task], num_workers: int) -> Iterator[Report]:
+    """Yield the report of each task, in order, from this process or from several."""
+    if num_workers == 1:
+        return map(check_shard, tasks)
+    ignore_interrupt = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(num_workers, initializer=ignore_interrupt)
+    return in_order(pool, check_shard, tasks, 2 * num_workers)
+
+
+def shard_id(name: str) -> int:
+    """Return the number of a shard from its name or path."""
+    return int(os.path.basename(name)[6:12])
+
+
+def count_shards(path: str, names: Sequence[str], listed: Sequence[str] | None) -> int:
+    """Return how many shards the dataset must have had.
+
+    The last ones may be missing; the first two keys of a shard, which lie `total` apart in the
+    source, tell.
+    """
+    total = shard_id(names[-1]) + 1
+    if listed is None:
+        return total
+    keys: list[str] = []
+    with open(os.path.join(path, names[0]), "rb") as stream, contextlib.suppress(Damaged):
+        for name, _ in read_members(stream, os.fstat(stream.fileno()).st_size):
+            key = base_plus_ext(name)[0]
+            if key and key not in keys:
+                keys.append(key)
+            if len(keys) == 2:
+                break
+    places = [place for place, sample in enumerate(listed) if sample_key(sample) in keys]
+    return max(total, places[1] - places[0]) if len(places) == 2 else total
+
+
+def compare_shards(
+    reports: Sequence[Report], listed: Sequence[str] | None, total: int, faults: Faults
+) -> None:
+    """Note keys in two shards, differing fields, and what a source has that they have not."""
+    places: dict[str, str] = {}
+    for report in reports:
+        name = os.path.basename(report.path)
+        for key in report.keys:
+            if key in places and places[key] != name:
+                faults["key in two shards"].append(f"{key!r} in {places[key]} and {name}")
+            places[key] = name
+    field_sets = Counter(fields for report in reports for fields in report.field_sets)
+    for report in reports:
+        for fields, key in report.field_sets.items():
+            if fields != field_sets.most_common(1)[0][0]:
+                detail = f"{os.path.basename(report.path)}: {key!r} has {', '.join(fields)}"
+                faults["fields differ from those of other samples"].append(detail)
+    if listed is None:
+        return
+    proved = {shard_id(report.path) for report in reports if report.samples and not report.keys}
+    for place, sample in enumerate(listed):
+        key, home = sample_key(sample), place % total
+        found = places.pop(key, None)
+        if found is None and home not in proved:
+            faults["missing sample"].append(f"{key!r} of {shard_name(home)}")
+        elif found is not None and home in proved:
+            faults["key in two shards"].append(f"{key!r} in {shard_name(home)} and {found}")
+        elif found is not None and found != shard_name(home):
+            faults["sample in the wrong shard"].append(
+                f"{key!r} is in {found}, not {shard_name(home)}"
+            )
+    for key, name in places.items():
+        faults["extra sample, not in the source"].append(f"{key!r} in {name}")
+
+
+def print_faults(faults: Faults) -> None:
+    """Print the first few faults of each kind on stderr, and count the others."""
+    for kind, details in faults.items():
+        for detail in details[:SHOWN]:
+            print(f"{kind}: {one_line(detail)}", file=sys.stderr)
+        if len(details) > SHOWN:
+            print(f"{kind}: and {len(details) - SHOWN:,} more", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- looking at samples
+
+
+def read_samples(shards: Sequence[str], limit: int | None) -> Iterator[dict[str, Any]]:
+    """Yield the first samples, whatever a training job's RANK or WORKER in the environment say."""
+    if not shards:  # webdataset takes no empty list
+        return iter(())
+    dataset = plain_dataset(
+        shards, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
+    )
+    return islice(dataset, limit)
 
 
 def one_line(text: str) -> str:
-    """Return a text as one short line, with control characters escaped."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:TEXT_LIMIT])
-    return shown + (f"... ({len(text):,} characters)" if len(text) > TEXT_LIMIT else "")
+    """Return the beginning of a text as one line, with control characters escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:TEXT_LIMIT])
 
 
-def describe_image(data: bytes) -> str:
+def sample_text(sample: Mapping[str, Any]) -> str:
+    """Return the beginning of a sample's text as one line."""
+    data = sample["txt"].strip()
+    text = data[: 4 * TEXT_LIMIT].decode("utf-8", "backslashreplace")  # 4 bytes a character at most
+    return one_line(text) + (f"... ({len(data):,} bytes)" if len(text) > TEXT_LIMIT else "")
+
+
+def image_size(data: bytes) -> str:
     """Return the size of an image, and a note where Pillow cannot read it."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return f"Image size: {image.width}x{image.height}, {len(data)} bytes"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"Image size: {len(data)} bytes (not readable: {type(error).__name__})"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                return f"{image.width}x{image.height}, {len(data)} bytes"
+    except Exception as error:  # Pillow's readers raise nearly anything on hostile data
+        return f"{len(data)} bytes (not readable: {type(error).__name__})"
 
 
-def print_sample(number: int, sample: dict[str, Any]) -> None:
+def print_sample(number: int, sample: Mapping[str, Any]) -> None:
     """Print a sample: its key, text and image size, and the size of any other field."""
     print(f"--- Sample {number} ---\nKey: {one_line(sample['__key__'])}")
-    fields = {field: data for field, data in sample.items() if not field.startswith("__")}
-    if "txt" in fields:
-        text = fields.pop("txt").decode("utf-8", "backslashreplace")
-        print(f"Text: {one_line(text.strip())}")
-    for field, data in fields.items():
-        image = field in IMAGE_FIELDS
-        print(describe_image(data) if image else f"{one_line(field)}: {len(data)} bytes")
+    if "txt" in sample:
+        print(f"Text: {sample_text(sample)}")
+    for field, data in sample.items():
+        if field in IMAGE_FIELDS:
+            print(f"Image size: {image_size(data)}")
+        elif field != "txt" and not field.startswith("__"):
+            print(f"{one_line(field)}: {len(data)} bytes")
+
+
+def draw_preview(shards: Sequence[str], limit: int, target: str) -> None:
+    """Draw a contact sheet of the first samples of the shards: thumbnail, key and first words."""
+    each = -(-limit // max(1, len(shards)))
+    samples = [sample for shard in shards for sample in read_samples([shard], each)][:limit]
+    side, caption, columns = 160, 44, min(4, max(1, len(samples)))
+    rows = max(1, -(-len(samples) // columns))
+    sheet = Image.new("RGB", (columns * side, rows * (side + caption)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, sample in enumerate(samples):
+        left, top = number % columns * side, number // columns * (side + caption)
+        images = [data for field, data in sample.items() if field in IMAGE_FIELDS]
+        if images and not decode_problem(images[0]):
+            with Image.open(io.BytesIO(images[0])) as image:
+                thumbnail = ImageOps.contain(image.convert("RGB"), (side - 16, side - 16))
+            margin = (side - thumbnail.width) // 2, (side - thumbnail.height) // 2
+            sheet.paste(thumbnail, (left + margin[0], top + margin[1]))
+        else:
+            draw.rectangle((left + 8, top + 8, left + side - 8, top + side - 8), outline="red")
+            draw.text((left + side / 2, top + side / 2), "not readable", fill="red", anchor="mm")
+        words = [*textwrap.wrap(sample_text(sample) if "txt" in sample else "", 24), "", ""]
+        for line, text in enumerate((one_line(sample["__key__"])[-24:], words[0], words[1])):
+            draw.text((left + 8, top + side + 13 * line), text, fill="black")
+    try:
+        sheet.save(target)
+    except ValueError as error:  # an ending that Pillow does not know
+        raise Refused(f"--preview {target!r}: {error}") from None
+
+
+# ---------------------------------------------------------------- training
+
+
+class SplitShards:
+    """A stage of a pipeline that shuffles the shards and deals them to all ranks and workers.
+
+    Every epoch has another order, the same in every rank, so that each worker meets all shards
+    over time; a worker that is started anew for each epoch begins at the first one again.
+    """
+
+    def __init__(self, shuffle: bool, seed: int) -> None:
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = -1
+
+    def __call__(self, urls: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yield the shards of this rank and worker."""
+        self.epoch += 1
+        shards = list(urls)
+        rank, world_size, worker, num_workers = wds.utils.pytorch_worker_info()
+        readers, reader = world_size * num_workers, rank * num_workers + worker
+        if len(shards) < readers and reader == 0 and self.epoch == 0:
+            warnings.warn(
+                f"{len(shards)} shards for {readers} readers ({world_size} ranks of {num_workers} "
+                "workers): some get no samples; pack more shards, or start fewer workers",
+                stacklevel=2,
+            )
+        if self.shuffle:
+            random.Random(f"{self.seed} {self.epoch}").shuffle(shards)
+        yield from shards[reader::readers]
+
+
+def open_webdataset(
+    path: str | os.PathLike[str],
+    fields: Sequence[str] = ("jpg", "txt"),
+    decode: str | None = "pilrgb",
+    shuffle: int = 1_000,
+    seed: int = 0,
+) -> wds.WebDataset:
+    """Return a training pipeline over a dataset, for a DataLoader or wds.WebLoader.
+
+    Args:
+        path: folder of the shards.
+        fields: what a sample is given as, in this order.
+        decode: what images become: "pilrgb", "torchrgb", ... as `decode` of webdataset says;
+            None leaves every field as bytes.
+        shuffle: samples that a worker holds to shuffle them; 0 keeps the order of the shards.
+        seed: of both shuffles.
+
+    Raises:
+        Refused, Failed: there are no shards, or not just shards.
+    """
+    faults: Faults = defaultdict(list)
+    names = find_shards(os.fspath(path), faults)
+    for kind, details in faults.items():
+        raise Failed(f"{kind}: {details[0]}")
+    dataset = plain_dataset(
+        [os.path.join(path, name) for name in names],
+        shardshuffle=False,  # SplitShards does it, before it deals
+        nodesplitter=SplitShards(shuffle > 0, seed),
+        workersplitter=None,
+        empty_check=False,
+    )
+    dataset = dataset.shuffle(shuffle, rng=random.Random(seed))
+    return (dataset.decode(decode) if decode else dataset).to_tuple(*fields)
+
+
+# ---------------------------------------------------------------- command line
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--path", required=True, help="folder of the shards")
-    parser.add_argument("--limit", type=int, metavar="N", help="stop after N samples")
+    parser.add_argument("--path", required=True, metavar="DIR", help="folder of the shards")
+    parser.add_argument("--limit", type=int, metavar="N", help="show the first N samples alone")
     parser.add_argument("--quiet", action="store_true", help="print the summary alone")
+    parser.add_argument("--preview", metavar="FILE", help="draw the first samples (default: 16)")
+    parser.add_argument("--decode", action="store_true", help="decode every image in full")
+    parser.add_argument(
+        "--num-workers", type=int, default=1, metavar="N", help="processes that check (default: 1)"
+    )
+    add_source_arguments(parser)
     return parser
 
 
@@ -118,17 +600,26 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    if args.limit is not None and args.limit < 0:
-        raise Refused(f"--limit {args.limit}: not a number from 0")
-    shards = find_shards(args.path)
-    count = 0
-    for sample in islice(read_samples(shards), args.limit):
-        if not args.quiet:
-            print_sample(count, sample)
-        count += 1
-    size = sum(os.path.getsize(shard) for shard in shards)
-    print(f"{count:,} samples read; {len(shards):,} shards, {size:,} bytes")
-    return 0
+    if args.num_workers < 1 or (args.limit is not None and args.limit < 0):
+        raise Refused("--num-workers is a number from 1, --limit one from 0")
+    faults: Faults = defaultdict(list)
+    names = find_shards(args.path, faults)
+    reports = check_dataset(args.path, names, args, faults)
+    sound = [report.path for report in reports if report.sound]
+    if not args.quiet:
+        for number, sample in enumerate(read_samples(sound, args.limit)):
+            print_sample(number, sample)
+    if args.preview:
+        draw_preview(sound, 16 if args.limit is None else args.limit, args.preview)
+    print_faults(faults)
+    verdict = "OK" if not faults else f"{sum(map(len, faults.values())):,} faults"
+    if args.source is not None and not faults:
+        verdict = f"OK, each sample of {args.source} once, byte for byte"
+    print(
+        f"{sum(report.samples for report in reports):,} samples in {len(reports):,} shards, "
+        f"{sum(report.size for report in reports):,} bytes: {verdict}"
+    )
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 usage: contestants.py NAME SOURCE OUTPUT PART PARTS
 
-Each imports what it needs and nothing else, so that its start-up is its own. With BENCH_WAIT=1
-in the environment it stops when it has imported, and works when it is told to go on (SIGCONT).
-A contestant that writes no tar prints how many samples it counted.
+Each imports what it needs and no more, so that its start-up is its own. With BENCH_WAIT=1 in the
+environment it stops when it has imported, and goes on when it is told to (SIGCONT). One that
+writes no tar prints how many samples it counted.
 """
 
 from __future__ import annotations
@@ -16,31 +16,39 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-CPUS = 2  # of each contestant that asks for a number of workers
+CPUS = 2  # of each contestant that takes a number of workers
+
+
+class Task(NamedTuple):
+    """Pack part `part` of `parts` of the folder `source` into the folder `output`."""
+
+    source: str
+    output: str
+    part: int
+    parts: int
 
 
 def imported() -> None:
-    """Tell bench.py that imports are over; wait for the word to go where that is asked for."""
+    """Tell the benchmark that imports are over; where it wants that, wait for the word to go."""
     if os.environ.get("BENCH_WAIT"):
         os.kill(os.getpid(), signal.SIGSTOP)
     print("imported at", time.perf_counter(), flush=True)
 
 
-def images(source: str, part: int, parts: int) -> list[str]:
-    """List the samples of one part of a folder, as the path of the image."""
-    return sorted(glob.glob(f"{source}/*.jpg"))[part::parts]
+def images(task: Task) -> list[str]:
+    """List the samples of a task, as the paths of their images."""
+    return sorted(glob.glob(f"{task.source}/*.jpg"))[task.part :: task.parts]
 
 
 def load(image: str) -> dict[str, Any]:
-    """Read a sample: the loop body of every packer that has no listing of its own."""
-    key = os.path.splitext(os.path.basename(image))[0]
+    """Read a sample, as the loop body of a packer does."""
     with open(image, "rb") as stream:
         data = stream.read()
     with open(image[:-4] + ".txt", encoding="utf-8") as stream:
         text = stream.read()
-    return {"__key__": key, "jpg": data, "txt": text}
+    return {"__key__": os.path.basename(image)[:-4], "jpg": data, "txt": text}
 
 
 def load_all(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -49,55 +57,56 @@ def load_all(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
         yield load(path)
 
 
-# ---------------------------------------------------------------- ours
+# ---------------------------------------------------------------- this project
 
 
-def ours(source: str, output: str, part: int, parts: int) -> None:
+def core() -> Any:
+    """Import create_webdataset.py, which lies one folder up."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    import create_webdataset
+
+    imported()
+    return create_webdataset
+
+
+def ours(task: Task) -> None:
     """Pack with the function that both drivers call."""
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from create_webdataset import create_webdataset
-
-    imported()
-    create_webdataset(source, output, part, parts)
+    core().create_webdataset(task.source, task.output, task.part, task.parts)
 
 
-def ours_unsynced(source: str, output: str, part: int, parts: int) -> None:
-    """Pack, but leave it to the kernel when the shard reaches the disk."""
-    os.fsync = lambda fd: None
-    ours(source, output, part, parts)
+def ours_unsynced(task: Task) -> None:
+    """Pack, and leave it to the kernel when the shard reaches the disk."""
+    os.fsync = lambda _fd: None  # type: ignore[assignment]
+    ours(task)
 
 
-def listing(source: str, output: str, part: int, parts: int) -> None:
-    """List, check and sort, and no more."""
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from create_webdataset import list_samples
-
-    imported()
-    print("counted", len(list_samples(source).samples))
+def listing(task: Task) -> None:
+    """List, check and sort, and nothing after it."""
+    print("counted", len(core().list_samples(task.source).samples))
 
 
-# ---------------------------------------------------------------- webdataset itself
+# ---------------------------------------------------------------- webdataset
 
 
-def wds_pack(source: str, output: str, part: int, parts: int) -> None:
+def wds_pack(task: Task) -> None:
     """Pack as the documentation of webdataset does: TarWriter with its default arguments."""
     import webdataset as wds
 
     imported()
-    with open(f"{output}/shard-{part:06d}.tar", "wb") as stream:
+    with open(f"{task.output}/shard-{task.part:06d}.tar", "wb") as stream:
         with wds.TarWriter(stream) as sink:
-            for sample in load_all(images(source, part, parts)):
+            for sample in load_all(images(task)):
                 sink.write(sample)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def wds_read(source: str, output: str, part: int, parts: int) -> None:
+def wds_read(task: Task) -> None:
     """Read the shards in the folder `source` with a plain loop."""
     import webdataset as wds
 
     imported()
-    shards = sorted(glob.glob(f"{source}/*.tar"))
+    shards = sorted(glob.glob(f"{task.source}/*.tar"))
     print("counted", sum(1 for _ in wds.WebDataset(shards, shardshuffle=False)))
 
 
@@ -113,33 +122,33 @@ def start_ray() -> Any:
     return ray
 
 
-def ray_empty(source: str, output: str, part: int, parts: int) -> None:
+def ray_empty(_task: Task) -> None:
     """Start Ray and stop it again."""
     start_ray().shutdown()
 
 
-def ray_wds(source: str, output: str, part: int, parts: int) -> None:
+def ray_wds(task: Task) -> None:
     """Run the plain loop of webdataset as Ray tasks."""
     ray = start_ray()
-    task = ray.remote(wds_pack)
-    ray.get([task.remote(source, output, i, CPUS) for i in range(CPUS)])
+    remote = ray.remote(wds_pack)
+    ray.get([remote.remote(task._replace(part=i, parts=CPUS)) for i in range(CPUS)])
     ray.shutdown()
 
 
-def ray_data(source: str, output: str, part: int, parts: int) -> None:
-    """Pack with Ray Data."""
+def ray_data(task: Task) -> None:
+    """Pack with Ray Data; encoder=None: the images are encoded already."""
     import ray.data
 
     start_ray()
-    paths = ray.data.from_items([{"path": path} for path in images(source, 0, 1)])
-    paths.map(lambda row: load(row["path"])).write_webdataset(output)
+    paths = ray.data.from_items([{"path": path} for path in images(task)])
+    paths.map(lambda row: load(row["path"])).write_webdataset(task.output, encoder=None)
     ray.shutdown()
 
 
 # ---------------------------------------------------------------- other formats
 
 
-def datasets_parquet(source: str, output: str, part: int, parts: int) -> None:
+def datasets_parquet(task: Task) -> None:
     """Write parquet with Hugging Face datasets."""
     import datasets
     import pyarrow.parquet
@@ -148,45 +157,45 @@ def datasets_parquet(source: str, output: str, part: int, parts: int) -> None:
     datasets.disable_progress_bars()
     dataset = datasets.Dataset.from_generator(
         load_all,
-        cache_dir=f"{output}/cache",
-        gen_kwargs={"paths": images(source, 0, 1)},
+        cache_dir=f"{task.output}/cache",
+        gen_kwargs={"paths": images(task)},
         num_proc=CPUS,
     )
-    dataset.to_parquet(f"{output}/train.parquet")
-    print("counted", pyarrow.parquet.read_metadata(f"{output}/train.parquet").num_rows)
+    dataset.to_parquet(f"{task.output}/train.parquet")
+    print("counted", pyarrow.parquet.read_metadata(f"{task.output}/train.parquet").num_rows)
 
 
-def litdata_optimize(source: str, output: str, part: int, parts: int) -> None:
+def litdata_optimize(task: Task) -> None:
     """Write the chunks of litdata."""
-    os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = f"{output}/cache"
+    os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = f"{task.output}/cache"
     import litdata
 
     imported()
     litdata.optimize(
         fn=load,
-        inputs=images(source, 0, 1),
-        output_dir=f"{output}/chunks",
+        inputs=images(task),
+        output_dir=f"{task.output}/chunks",
         chunk_bytes="64MB",
         num_workers=CPUS,
     )
-    with open(f"{output}/chunks/index.json", encoding="utf-8") as stream:
-        print("counted", sum(chunk["chunk_size"] for chunk in json.load(stream)["chunks"]))
+    with open(f"{task.output}/chunks/index.json", encoding="utf-8") as stream:
+        print("\ncounted", sum(chunk["chunk_size"] for chunk in json.load(stream)["chunks"]))
 
 
-def mds(source: str, output: str, part: int, parts: int) -> None:
+def mds(task: Task) -> None:
     """Write the shards of mosaicml-streaming."""
     from streaming import MDSWriter
 
     imported()
-    columns = {"__key__": "str", "jpg": "bytes", "txt": "str"}
-    with MDSWriter(out=f"{output}/{part}", columns=columns) as sink:
-        for sample in load_all(images(source, part, parts)):
+    output = f"{task.output}/{task.part}"
+    with MDSWriter(out=output, columns={"__key__": "str", "jpg": "bytes", "txt": "str"}) as sink:
+        for sample in load_all(images(task)):
             sink.write(sample)
-    with open(f"{output}/{part}/index.json", encoding="utf-8") as stream:
+    with open(f"{output}/index.json", encoding="utf-8") as stream:
         print("counted", sum(shard["samples"] for shard in json.load(stream)["shards"]))
 
 
-CONTESTANTS: dict[str, Callable[[str, str, int, int], None]] = {
+CONTESTANTS: dict[str, Callable[[Task], None]] = {
     "ours": ours,
     "ours-unsynced": ours_unsynced,
     "listing": listing,
@@ -203,4 +212,4 @@ CONTESTANTS: dict[str, Callable[[str, str, int, int], None]] = {
 
 if __name__ == "__main__":
     name, source, output, part, parts = sys.argv[1:]
-    CONTESTANTS[name](source, output, int(part), int(parts))
+    CONTESTANTS[name](Task(source, output, int(part), int(parts)))

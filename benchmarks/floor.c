@@ -2,7 +2,7 @@
  * n-th file, open, fstat, read and close it, and write an empty header and the padded content,
  * 1 MiB at a time, synced at the end. What it writes is as large as a tar and no tar.
  *
- * usage: floor SOURCE OUTPUT PART PARTS
+ * usage: floor SOURCE OUTPUT PART PARTS    (writes OUTPUT/PART.floor)
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -58,8 +58,10 @@ int main(int argc, char **argv) {
   size_t part = atoi(argv[3]), parts = atoi(argv[4]), count = 0, room = 0, samples = 0;
   char **names = NULL;
   DIR *folder = opendir(argv[1]);
-  int output = open(argv[2], O_WRONLY | O_CREAT | O_TRUNC, 0666);
-  if (!folder || output < 0) err(1, "%s or %s", argv[1], argv[2]);
+  char path[4096];
+  snprintf(path, sizeof path, "%s/%zu.floor", argv[2], part);
+  int output = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+  if (!folder || output < 0) err(1, "%s or %s", argv[1], path);
   for (struct dirent *entry; (entry = readdir(folder));) {
     if (entry->d_name[0] == '.') continue;
     if (count == room) names = realloc(names, (room = room * 2 + 1024) * sizeof *names);

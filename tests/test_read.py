@@ -52,13 +52,13 @@ def test_specified_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
         f"Image size: 64x48, {len(image)} bytes",
         "--- Sample 1 ---",
         "Key: sample-2",
-        f"Text: {'é' * 200}... (300 characters)",
+        f"Text: {'é' * 200}... (600 bytes)",
         "Image size: 8 bytes (not readable: UnidentifiedImageError)",
         "--- Sample 2 ---",
         "Key: sample-1",
         "Text: two\\nlines \\x1b[31m\\xff",
         "Image size: 0 bytes (not readable: UnidentifiedImageError)",
-        "3 samples read; 2 shards, 20,480 bytes",
+        "3 samples in 2 shards, 20,480 bytes: OK",
     ]
 
 
@@ -66,16 +66,16 @@ def test_limit_and_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     output = make_dataset(tmp_path, {str(n): (b"", b"") for n in range(5)}, shards=2)
     assert read_webdataset.main(["--path", str(output), "--limit", "2"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines.count("Key: 0") == 1 and lines[-1].startswith("2 samples read")
+    assert lines.count("Key: 0") == 1 and lines[-1].startswith("5 samples in")
     assert read_webdataset.main(["--path", str(output), "--quiet"]) == 0
-    assert capfd.readouterr().out == "5 samples read; 2 shards, 20,480 bytes\n"
+    assert capfd.readouterr().out == "5 samples in 2 shards, 20,480 bytes: OK\n"
 
 
 def test_environment_of_a_training_job(tmp_path: Path) -> None:
     output = make_dataset(tmp_path, {str(n): (b"", b"") for n in range(4)}, shards=4)
     job = {"RANK": "1", "WORLD_SIZE": "2", "WORKER": "1", "NUM_WORKERS": "2"}
     done = run_script("read_webdataset.py", "--path", output, "--quiet", env=job)
-    assert (done.returncode, done.stdout[:14]) == (0, "4 samples read"), done.stderr
+    assert (done.returncode, done.stdout[:12]) == (0, "4 samples in"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_odd_paths(name: str, tmp_path: Path, monkeypatch, capfd) -> None:
     make_dataset(tmp_path, {"a": (b"", b"")}).rename(tmp_path / name.replace("/", ""))
     monkeypatch.chdir(tmp_path)
     assert read_webdataset.main(["--path", name.replace("/", ""), "--quiet"]) == 0
-    assert capfd.readouterr().out.startswith("1 samples read")
+    assert capfd.readouterr().out.startswith("1 samples in")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "file"])

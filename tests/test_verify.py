@@ -1,0 +1,410 @@
+"""The checks: each fault is named, nothing sound is refused, nothing hostile does harm."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+from conftest import write_pairs
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import create_webdataset as core
+import read_webdataset as reader
+
+SOAK = bool(os.environ.get("SOAK"))
+SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A source of 53 samples in 5 shards."""
+    folder = tmp_path_factory.mktemp("good")
+    source = write_pairs(folder / "source", 50)
+    (source / "d.e").mkdir()
+    for name in ("d.e/nested", "é" * 70, "x" * 120):
+        (source / f"{name}.JPG").write_bytes(b"picture" + name.encode())
+        (source / f"{name}.txt").write_bytes(name.encode())
+    for shard_id in range(SHARDS):
+        core.create_webdataset(source, folder / "output", shard_id, SHARDS)
+    return source, folder / "output"
+
+
+def verify(path: Path, capfd: pytest.CaptureFixture[str], *flags: str | Path) -> tuple[int, str]:
+    """Return exit code and faults of a check; summary and progress keep to their streams."""
+    code = reader.main(["--path", str(path), "--quiet", *map(str, flags)])
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 1 and ("OK" in out) == (code == 0)
+    assert (err == "") == (code == 0)
+    return code, err
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_good_dataset(workers: str, good: tuple[Path, Path], capfd) -> None:
+    source, output = good
+    assert verify(output, capfd, "--num-workers", workers) == (0, "")
+    assert verify(output, capfd, "--num-workers", workers, "--source", source) == (0, "")
+
+
+def test_shuffled_and_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = write_pairs(tmp_path / "source", 20)
+    (source / "more.txt").touch()
+    flags = ["--skip-incomplete", "--shuffle=5"]
+    base = ["--source", str(source), "--output", str(tmp_path / "o"), "--shard-id=0"]
+    assert core.main([*base, "--total-shards=3", "--shard-step=1", *flags]) == 0
+    capfd.readouterr()
+    assert verify(tmp_path / "o", capfd, "--source", source, *flags)[0] == 0
+    code, err = verify(tmp_path / "o", capfd, "--source", source, "--skip-incomplete")
+    assert code == 1 and "wrong shard" in err
+    assert reader.main(["--path", str(tmp_path / "o"), "--source", str(source)]) == 2
+
+
+def samples_of(shard: Path) -> list[tuple[str, dict[str, bytes]]]:
+    samples: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(shard) as tar:
+        for info in tar:
+            key, field = wds.tariterators.base_plus_ext(info.name)
+            samples.setdefault(key, {})[field] = tar.extractfile(info).read()  # type: ignore
+    return list(samples.items())
+
+
+def rewrite(shard: Path, samples: list[tuple[str, dict[str, bytes]]]) -> None:
+    with shard.open("wb") as stream, wds.TarWriter(stream, encoder=False, mtime=0) as sink:
+        for key, fields in samples:
+            sink.write({"__key__": key, **fields})
+
+
+def flip_a_bit(shards: list[Path], rng: random.Random) -> str:
+    shard = rng.choice(shards)
+    data = bytearray(shard.read_bytes())
+    place = rng.randrange(len(data))
+    data[place] ^= 1 << rng.randrange(8)
+    shard.write_bytes(data)
+    return shard.name
+
+
+def cut(shards: list[Path], rng: random.Random) -> str:
+    shard = rng.choice(shards)
+    os.truncate(shard, rng.randrange(shard.stat().st_size))
+    return shard.name
+
+
+def cut_at_a_member(shards: list[Path], rng: random.Random) -> str:
+    shard = rng.choice(shards)
+    with tarfile.open(shard) as tar:
+        os.truncate(shard, rng.choice(tar.getmembers()).offset)
+    return shard.name
+
+
+def swap(shards: list[Path], rng: random.Random) -> str:
+    one, two = rng.sample(shards, 2)
+    data = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(data)
+    return "wrong shard"
+
+
+def remove_member(shards: list[Path], rng: random.Random) -> str:
+    shard = rng.choice(shards)
+    samples = samples_of(shard)
+    key, fields = rng.choice(samples)
+    del fields[rng.choice(sorted(fields))]
+    rewrite(shard, samples)
+    return repr(key)[:30]
+
+
+def remove_sample(shards: list[Path], rng: random.Random) -> str:
+    shard = rng.choice(shards)
+    samples = samples_of(shard)
+    key, _ = samples.pop(rng.randrange(len(samples)))
+    rewrite(shard, samples)
+    return f"missing sample: {key!r}"[:80]
+
+
+def duplicate(shards: list[Path], rng: random.Random) -> str:
+    one, two = rng.choice(shards), rng.choice(shards)
+    sample = rng.choice(samples_of(one))
+    rewrite(two, [*samples_of(two), sample])
+    return f"{sample[0]!r}"[:30]
+
+
+def rename(shards: list[Path], rng: random.Random) -> str:
+    shard = rng.choice(shards)
+    samples = samples_of(shard)
+    place = rng.randrange(len(samples))
+    samples[place] = ("renamed", samples[place][1])
+    rewrite(shard, samples)
+    return "extra sample, not in the source: 'renamed'"
+
+
+def remove_shard(shards: list[Path], rng: random.Random) -> str:
+    shard = rng.choice(shards)
+    shard.unlink()
+    return f"missing shard: {shard.name}"
+
+
+def stray(shards: list[Path], rng: random.Random) -> str:
+    name = rng.choice(["shard-5.tar", "shard-000001 (copy).tar", "shard-.tar", "shard-x\n.tar"])
+    shutil.copy(shards[0], shards[0].parent / name)
+    return repr(name)[1:-1]
+
+
+def extra_shard(shards: list[Path], _rng: random.Random) -> str:
+    shutil.copy(shards[0], shards[0].parent / core.shard_name(len(shards)))
+    return "key"
+
+
+def garbage(shards: list[Path], rng: random.Random) -> str:
+    shard = rng.choice(shards)
+    with shard.open("ab") as stream:
+        stream.write(rng.randbytes(rng.randrange(1, 2000)))
+    return shard.name
+
+
+FAULTS: list[Callable[[list[Path], random.Random], str]] = [
+    flip_a_bit, cut, cut_at_a_member, swap, remove_member, remove_sample, duplicate, rename,
+    remove_shard, stray, extra_shard, garbage,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inject", FAULTS, ids=lambda fault: fault.__name__)
+def test_single_faults(inject, good, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """216 random faults in all, each named by the proof."""
+    source, output = good
+    for seed in range(18):
+        rng = random.Random(f"{inject.__name__} {seed}")
+        shutil.copytree(output, tmp_path / "o")
+        named = inject(sorted((tmp_path / "o").iterdir()), rng)
+        code, err = verify(tmp_path / "o", capfd, "--source", source)
+        assert code == 1 and named in err, (seed, named, err)
+        shutil.rmtree(tmp_path / "o")
+
+
+WITHOUT_SOURCE = [cut, cut_at_a_member, remove_member, duplicate, stray, extra_shard, garbage]
+
+
+@pytest.mark.parametrize("inject", WITHOUT_SOURCE, ids=lambda fault: fault.__name__)
+def test_faults_that_show_without_the_source(inject, good, tmp_path: Path, capfd) -> None:
+    for seed in range(5):
+        rng = random.Random(f"{inject.__name__} {seed}")
+        shutil.copytree(good[1], tmp_path / "o")
+        named = inject(sorted((tmp_path / "o").iterdir()), rng)
+        code, err = verify(tmp_path / "o", capfd)
+        assert code == 1 and (named in err or inject is remove_member), (named, err)
+        shutil.rmtree(tmp_path / "o")
+
+
+def test_another_tool_is_judged_by_its_samples(good, tmp_path: Path, capfd) -> None:
+    """Other modes, times, header formats and folder entries, but the samples where they belong."""
+    source, output = good
+    formats = [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]
+    for shard_id in range(SHARDS):
+        name = core.shard_name(shard_id)
+        with tarfile.open(tmp_path / name, "w", format=formats[shard_id % 2]) as tar:
+            folder = tarfile.TarInfo("d.e")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            for key, fields in samples_of(output / name):
+                for field, data in fields.items():
+                    info = tarfile.TarInfo(f"{key}.{field}")
+                    info.size, info.mtime, info.mode = len(data), 1.5, 0o600
+                    tar.addfile(info, io.BytesIO(data))
+    assert verify(tmp_path, capfd, "--source", source) == (0, "")
+    assert verify(tmp_path, capfd) == (0, "")
+
+
+def header(name: bytes = b"a.jpg", size: bytes = b"00000000000\0", kind: bytes = b"0") -> bytes:
+    """Return a tar header with a right checksum, whatever else is in it."""
+    block = bytearray(512)
+    block[: len(name)] = name
+    block[100:124] = b"0000444\0" * 3
+    block[124:136], block[136:148], block[156:157] = size, b"00000000000\0", kind
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+END = bytes(1024)
+HOSTILE = {
+    "negative size": header(size=b"-0000000001\0") + END,
+    "negative base-256 size": header(size=b"\xff" * 12) + END,
+    "huge size": header(size=b"77777777777\0") + END,
+    "huge base-256 size": header(size=b"\x80" + b"\xff" * 11) + END,
+    "hard link": header(kind=b"1") + END,
+    "link": header(kind=b"2") + END,
+    "device": header(kind=b"3") + END,
+    "fifo": header(kind=b"6") + END,
+    "contiguous": header(kind=b"7") + END,
+    "sparse": header(kind=b"S") + END,
+    "global pax": header(kind=b"g") + END,
+    "huge pax header": header(size=b"00010000000\0", kind=b"x") + bytes(1 << 21) + END,
+    "pax size": header(size=b"%011o\0" % 21, kind=b"x") + b"21 size=" + b"9" * 12 + b"\n"
+    + bytes(491) + header() + END,
+    "pax sparse map": header(size=b"%011o\0" % 25, kind=b"x") + b"25 GNU.sparse.major=1\n".ljust(25)
+    + bytes(487) + header() + END,
+    "bad pax": header(size=b"%011o\0" % 12, kind=b"x") + b"99 path=xyz\n" + bytes(500)
+    + header() + END,
+    "path traversal": header(b"../../etc/passwd") + END,
+    "absolute": header(b"/etc/passwd") + END,
+    "no tar": b"not a tar" * 1000,
+    "empty file": b"",
+    "only zeros": bytes(10240),
+    "one zero block": header() + bytes(512),
+    "gzip": b"\x1f\x8b" + bytes(2000),
+    "reserved": header(b"__x__/a.jpg") + END,
+    "reserved field": header(b"a.__url__") + END,
+    "no field": header(b"README") + END,
+    "hidden": header(b".jpg") + END,
+    "field twice": header() + header(b"a.JPG") + END,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("decode", [[], ["--decode"]])
+def test_hostile_shards(name: str, decode: list[str], tmp_path: Path, capfd) -> None:
+    (tmp_path / "shard-000000.tar").write_bytes(HOSTILE[name])
+    assert reader.main(["--path", str(tmp_path), *decode]) == 1
+    err = capfd.readouterr().err
+    assert "shard-000000.tar: " in err and "Traceback" not in err and len(err) < 500
+    assert sorted(os.listdir(tmp_path)) == ["shard-000000.tar"]
+
+
+def mutate(data: bytes, edits: list[tuple[int, bytes]]) -> bytes:
+    changed = bytearray(data)
+    for place, patch in edits:
+        place %= len(changed)
+        changed[place : place + len(patch)] = patch
+    return bytes(changed)
+
+
+SEED = (
+    header(size=b"%011o\0" % 5) + b"image" + bytes(507) + header(b"a.txt") + header(b"b.jpg") + END
+)
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=3000),
+        st.lists(
+            st.tuples(st.integers(0, 5000), st.binary(min_size=1, max_size=20)), max_size=4
+        ).map(lambda edits: mutate(SEED, edits)),
+        st.lists(
+            st.builds(
+                header,
+                st.sampled_from(
+                    [b"a.jpg", b"a.txt", b"b.jpg", b"b", b"__c.jpg", b"d/e.f.g", b"\xff.x"]
+                ),
+                st.sampled_from(
+                    [b"00000000000\0", b"00000000010\0", b"00000001000\0", b"\x80" + bytes(11)]
+                ),
+                st.sampled_from([b"0", b"0", b"0", b"\0", b"5", b"x", b"L", b"g", b"2", b"K"]),
+            ),
+            max_size=6,
+        ).map(lambda blocks: b"".join(blocks) + END),
+    )
+)
+@example(SEED)
+@settings(max_examples=30_000 if SOAK else 300, deadline=None)
+def test_what_is_counted_is_what_webdataset_yields(tmp_path_factory, data: bytes) -> None:
+    """On any bytes: a named fault, or the very samples that wds.WebDataset yields."""
+    shard = tmp_path_factory.getbasetemp() / "shard-000000.tar"
+    shard.write_bytes(data)
+    report = reader.check_shard(reader.Task(str(shard)))
+    if report.faults:
+        return
+    theirs = list(wds.WebDataset([str(shard)], shardshuffle=False))
+    assert [sample["__key__"] for sample in theirs] == report.keys
+    assert report.samples == len(theirs)
+
+
+def jpeg(width: int, height: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def test_decode_and_preview(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole = jpeg(40, 30)
+    bomb = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(bomb, "PNG")
+    images = {"a": whole, "b": whole[: len(whole) // 2], "c": b"", "d": bomb.getvalue(), "e": whole}
+    (tmp_path / "source").mkdir()
+    for key, data in images.items():
+        (tmp_path / "source" / f"{key}.jpg").write_bytes(data)
+        (tmp_path / "source" / f"{key}.txt").write_bytes(b"\x1b[31m some words " * 9)
+    for shard_id in range(2):
+        core.create_webdataset(tmp_path / "source", tmp_path / "o", shard_id, 2)
+    assert verify(tmp_path / "o", capfd) == (0, "")
+    code, err = verify(tmp_path / "o", capfd, "--decode", "--source", tmp_path / "source")
+    assert code == 1
+    lines = [line for line in err.splitlines() if "cannot be decoded" in line]
+    assert [line.split("'")[1] for line in lines] == ["c.jpg", "b.jpg", "d.jpg"], err
+    assert "DecompressionBomb" in lines[2]
+    preview = tmp_path / "preview.png"
+    assert verify(tmp_path / "o", capfd, "--preview", preview)[0] == 0
+    with Image.open(preview) as sheet:
+        assert sheet.size == (4 * 160, 2 * 204)
+        colours = {sheet.getpixel((column * 160 + 80, 30)) for column in range(4)}
+        assert len(colours) >= 2
+    assert reader.main(["--path", str(tmp_path / "o"), "--preview", str(tmp_path / "x.nope")]) == 2
+    assert "--preview" in capfd.readouterr().err
+
+
+def test_first_five_of_a_kind(good, tmp_path: Path, capfd) -> None:
+    source, output = good
+    shutil.copytree(output, tmp_path / "o")
+    (tmp_path / "o" / "shard-000002.tar").unlink()
+    code, err = verify(tmp_path / "o", capfd, "--source", source)
+    assert code == 1 and err.count("missing sample: '") == 5 and "missing sample: and 6 more" in err
+
+
+def test_folder_in_a_shards_place(good, tmp_path: Path, capfd) -> None:
+    shutil.copytree(good[1], tmp_path / "o")
+    (tmp_path / "o" / "shard-000005.tar").mkdir()
+    code, err = verify(tmp_path / "o", capfd)
+    assert code == 1 and "not a file: shard-000005.tar" in err
+
+
+def test_paths_are_never_run(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (f"pipe:touch {tmp_path}/ran", "http://127.0.0.1:9/x", "{a,b}", "-"):
+        assert reader.main(["--path", path] if path != "-" else ["--path=-"]) == 2
+        assert "No such file" in capfd.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_training_pipeline_without_torch(good, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, output = good
+    everything = sorted(key for path in output.iterdir() for key, _ in samples_of(path))
+    epochs = []
+    dataset = reader.open_webdataset(output, ("__key__", "jpg", "txt"), decode=None, shuffle=10)
+    for _ in range(2):
+        epochs.append([key for key, _, _ in dataset])
+        assert sorted(epochs[-1]) == everything
+    assert epochs[0] != epochs[1] != everything
+    again = reader.open_webdataset(output, ("__key__",), decode=None, shuffle=10)
+    assert [key for (key,) in again] == epochs[0], "the seed decides"
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("NUM_WORKERS", "2")
+    for rank in "01":
+        for worker in "01":
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("WORKER", worker)
+            part = reader.open_webdataset(output, ("__key__",), decode=None)
+            seen += [key for (key,) in part]
+    assert sorted(seen) == everything, "ranks and workers share the samples out, each once"
+    monkeypatch.setenv("NUM_WORKERS", "3")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORKER", "0")
+    with pytest.warns(UserWarning, match=r"5 shards for 6 readers \(2 ranks of 3 workers\)"):
+        list(reader.open_webdataset(output, decode=None))
