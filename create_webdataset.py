@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import stat
 import sys
 import tarfile
@@ -289,7 +290,7 @@ class Shard(NamedTuple):
     samples: int
     bytes: int  # size of the tar file
     proof: str  # ties this very file to the sizes and times that its source files had
-    how: str = "created"  # or "kept" by --resume, or "changed": packed again since its files did
+    how: str = "created"  # or, with --resume, "kept", or "created again" where files changed
 
 
 def sample_key(sample: str) -> str:
@@ -307,7 +308,8 @@ CHANGED = "changed while it was packed; run again when it is at rest"
 WRITE_SIZE = 512 << 10  # bytes gathered for one write
 SEND_SIZE = 16 << 20  # bytes sent to the disk at a time
 WHOLE_SIZE = 512 << 10  # bytes of a file that is read in one piece; larger ones are copied
-SLOW_READ = 0.0005  # seconds; a file on a local disk takes a tenth of that
+SLOW_READ = 0.0005  # seconds; to open a file on a local disk takes a hundredth of that
+SLOW_RATE = 200e6  # bytes a second, beyond those seconds
 SLOW_READS = 8  # how many more slow reads than fast ones there must be
 READ_THREADS, READ_BATCHES, READ_BATCH = 16, 24, 4  # 96 files ahead: 48 MB at most
 PADDING = [bytes(length) for length in range(512)]
@@ -449,7 +451,7 @@ def read_files(paths: Iterator[str], source_fd: int) -> Generator[File, None, No
     for path in paths:
         start = time.perf_counter()
         file = read_file(path, source_fd)
-        if time.perf_counter() - start > SLOW_READ:
+        if time.perf_counter() - start > SLOW_READ + file[1].st_size / SLOW_RATE:
             slow += 1
         elif slow:
             slow -= 1
@@ -589,6 +591,7 @@ STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run'
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 LOCK = ".webdataset.lock"
 PLAN = "run.json"
+PROOFS = "proofs-"
 INTERRUPTED = "publishing was interrupted; run the same command again"
 
 
@@ -774,27 +777,35 @@ def pack_shard(
         run: the run; its own `samples` are not looked at, so a driver may leave them out.
         samples: the shard's samples.
     """
-    packed = os.path.join(run.staging, shard_name(shard_id))
-    record, recorded = packed + ".proof", ""
-    with contextlib.suppress(OSError):
-        status = os.stat(packed)
-        recorded = Path(record).read_text(encoding="ascii")
-        proof = hashlib.blake2b(digest_size=16)
+    how = "created"
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(os.path.join(run.staging, shard_name(shard_id)))
+        seen = hashlib.blake2b(digest_size=16)
         for sample in samples:
             for path in sample_files(sample, run.fields):
-                proof.update(stamp(os.stat(os.path.join(run.source, path))))
-        proof.update(b"%d" % status.st_ino)
-        if proof.hexdigest() == recorded:
-            return Shard(shard_id, len(samples), status.st_size, recorded, "kept")
+                seen.update(stamp(os.stat(os.path.join(run.source, path))))
+        seen.update(b"%d" % status.st_ino)
+        if seen.hexdigest() in read_proofs(run.staging):
+            return Shard(shard_id, len(samples), status.st_size, seen.hexdigest(), "kept")
+        how = "created again"
     shard = pack_directly(run, shard_id, samples, progress)
-    Path(record).write_text(shard.proof, encoding="ascii")
-    return shard._replace(how="changed") if recorded else shard
+    # One file for each process: to append to it is cheaper than a file for each shard.
+    record = os.path.join(run.staging, f"{PROOFS}{socket.gethostname()}-{os.getpid()}")
+    with open(record, "a", encoding="ascii") as stream:
+        stream.write(shard.proof + "\n")
+    return shard._replace(how=how)
+
+
+@functools.lru_cache(maxsize=1)
+def read_proofs(staging: str) -> set[str]:
+    """Return the proofs of the shards that an interrupted run had finished."""
+    records = [entry.path for entry in os.scandir(staging) if entry.name.startswith(PROOFS)]
+    return {proof for path in records for proof in Path(path).read_text("ascii").split()}
 
 
 def report(shard: Shard) -> str:
     """Return the line that says what became of a shard."""
-    how = "created again, since files changed," if shard.how == "changed" else shard.how
-    return f"Shard {shard.shard_id} {how} with {shard.samples} samples."
+    return f"Shard {shard.shard_id} {shard.how} with {shard.samples} samples."
 
 
 def finish_run(run: Run) -> str:

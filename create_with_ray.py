@@ -132,21 +132,23 @@ def pack_on_node(run: Run, shard_id: int, samples: Sequence[str]) -> Shard:
         raise kind(f"{explain(error)} (on node {ray.util.get_node_ip_address()})") from None
 
 
-def pack_all(run: Run, num_workers: int) -> Iterator[tuple[int, Shard | Exception]]:
-    """Pack all shards of a run, at most `num_workers` at a time.
+def pack_all(
+    run: Run, in_flight: int, strategy: str = "DEFAULT"
+) -> Iterator[tuple[int, Shard | Exception]]:
+    """Pack all shards of a run, with at most `in_flight` tasks submitted at a time.
 
     Yields:
         (shard id, what packing it did or raised), as the tasks finish.
     """
     task = ray.remote(pack_on_node).options(
-        max_retries=RETRIES, retry_exceptions=[Hiccup], scheduling_strategy="SPREAD"
+        max_retries=RETRIES, retry_exceptions=[Hiccup], scheduling_strategy=strategy
     )
     frame = run._replace(samples=())  # each task gets its own samples alone
     shard_ids = iter(range(run.total_shards))
     running: dict[ray.ObjectRef[Shard], int] = {}
     try:
         while True:
-            for shard_id in islice(shard_ids, num_workers - len(running)):
+            for shard_id in islice(shard_ids, in_flight - len(running)):
                 running[task.remote(frame, shard_id, run.shard_samples(shard_id))] = shard_id
             if not running:
                 return
@@ -188,8 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, stop)  # after Ray has set its own
         if args.address:
             check_nodes(run)
+            outcomes = pack_all(run, num_workers, "SPREAD")
+        else:  # its CPUs bound what runs; a second task waits for each, so that none is idle
+            outcomes = pack_all(run, 2 * num_workers)
         with tqdm(total=len(run.samples), unit=" samples", disable=None) as bar:
-            for shard_id, outcome in pack_all(run, num_workers):
+            for shard_id, outcome in outcomes:
                 bar.update(outcome.samples if isinstance(outcome, Shard) else 0)
                 with bar.external_write_mode():
                     if isinstance(outcome, Shard):

@@ -143,6 +143,13 @@ def read_number(field: bytes) -> int:
     return int(digits or b"0", 8)
 
 
+@functools.lru_cache(maxsize=1_024)
+def check_numbers(fields: bytes) -> None:
+    """Refuse a header whose mode, owner, group, time or device is no number: readers stop there."""
+    for start, end in ((0, 8), (8, 16), (16, 24), (24, 36), (36, 44), (44, 52)):
+        read_number(fields[start:end])
+
+
 def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
     """Yield (name, size) of each member, with the stream at its content.
 
@@ -162,20 +169,21 @@ def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
         checksum = sum(header) - sum(header[148:156]) + 8 * 0x20
         if read_number(header[148:156]) != checksum:
             raise Damaged(f"no tar header at byte {offset:,}: damaged, compressed or no tar at all")
+        check_numbers(header[100:124] + header[136:148] + header[329:345])
         kind, size = header[156:157], read_number(header[124:136])
         size = int(extended["size"]) if kind in b"0\0" and "size" in extended else size
         if offset + BLOCK + size > end:
             raise Damaged(f"cut short: the member at byte {offset:,} is not whole")
         if kind in (b"x", b"L"):
-            if size > 1 << 16:
-                raise Damaged(f"extended header of {size:,} bytes")
-            extended |= read_extended(kind, stream.read(size))
+            if size > 1 << 16 or extended:
+                raise Damaged(f"extended header of {size:,} bytes, or two in a row")
+            extended = read_extended(kind, stream.read(size))
         elif kind in (b"0", b"\0"):
             name, prefix = (header[a:b].split(b"\0")[0] for a, b in ((0, 100), (345, 500)))
             whole = prefix + b"/" + name if prefix else name
             yield extended.get("path") or whole.decode("utf-8", "surrogateescape"), size
             extended = {}
-        elif kind == b"5":  # a folder, which readers skip and lose nothing
+        elif kind == b"5" and not size:  # a folder, which readers skip and lose nothing
             extended = {}
         else:
             raise Damaged(f"member of type {kind!r}, which is no plain file, at byte {offset:,}")
@@ -186,8 +194,8 @@ def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
                 raise Damaged(f"bytes other than zero behind the member that ends at {offset:,}")
             offset += BLOCK - size % BLOCK
     stream.seek(offset)
-    if end - offset < 2 * BLOCK:
-        raise Damaged("cut short: the second end-of-archive block is missing")
+    if end - offset < 2 * BLOCK or extended:
+        raise Damaged("cut short: the second end-of-archive block, or a member, is missing")
     while rest := stream.read(1 << 20):
         if any(rest):
             raise Damaged("trailing garbage behind the end of the archive")
@@ -195,9 +203,9 @@ def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
 
 def read_extended(kind: bytes, data: bytes) -> dict[str, str]:
     """Return what a pax header ("27 path=...\\n") or a GNU long name says about the next member."""
+    values: dict[str, str] = {}
     if kind == b"L":
-        return {"path": data.split(b"\0")[0].decode("utf-8", "surrogateescape")}
-    values = {}
+        values["path"], data = data.split(b"\0")[0].decode("utf-8", "surrogateescape"), b""
     while data:
         match = re.match(rb"(\d{1,9}) ([^=]+)=", data)
         length = int(match[1]) if match else 0
@@ -210,6 +218,8 @@ def read_extended(kind: bytes, data: bytes) -> dict[str, str]:
             raise Damaged(f"extended header {name!r}")
         values[name] = value.decode("utf-8", "surrogateescape")
         data = data[length:]
+    if not values.get("path", "path") or not values:
+        raise Damaged("empty extended header")
     return values
 
 
