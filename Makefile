@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := run_parallel.sh make_dummy_data.sh .ci/run
 
-.PHONY: help demo test soak lint requirements clean
+.PHONY: help demo test soak interop bench lint requirements clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -15,10 +15,16 @@ demo: .venv/ready ## ten samples (or what is in source_data) to shards and back
 	$(BIN)/python read_webdataset.py --path webdataset_output
 
 test: .venv/ready-dev ## run the test suite
-	PYTHON= $(BIN)/python -m pytest
+	PYTHON= $(BIN)/python -m pytest --ignore=tests/interop
 
 soak: .venv/ready-dev ## the long counts: kills, faults, generated names
-	PYTHON= SOAK=1 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_writer.py
+	PYTHON= SOAK=1 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_verify.py
+
+interop: .venv-interop/ready ## read our shards with other people's readers (Python 3.11 or newer)
+	INTEROP=1 .venv-interop/bin/python -m pytest -rs tests/interop
+
+bench: .venv/ready ## measure against other packers and readers
+	$(BIN)/python benchmarks/bench.py
 
 lint: .venv/ready-dev ## check style, types and shell scripts (needs ShellCheck)
 	$(BIN)/ruff check .
@@ -32,11 +38,23 @@ requirements: ## pin the requirements anew (needs uv)
 	uv pip compile --quiet --universal --upgrade --no-annotate pyproject.toml --group dev \
 	    --custom-compile-command "make requirements" --constraint requirements.txt \
 	    --output-file requirements-dev.txt
+	printf '%s\n' datasets megatron-energon pytest 'ray[data]' torch==2.13.0 wids | \
+	    uv pip compile --quiet --universal --upgrade --no-annotate --python-version 3.11 \
+	    --custom-compile-command "make requirements" --constraint requirements-dev.txt \
+	    --output-file .interop.tmp pyproject.toml -
+	grep -Ev '^(cuda|nvidia|triton)' .interop.tmp >tests/interop/requirements.txt
+	rm .interop.tmp
 
 clean: ## remove the packed shards, .venv and caches; source_data stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-interop .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f webdataset_output/shard-*.tar
+
+# Where pip would choose a CUDA build of torch, put a CPU build into .venv-interop first.
+.venv-interop/ready: tests/interop/requirements.txt
+	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 .venv/ready: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -33,13 +33,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
+INSTALL = "is not installed; run: pip install -r requirements.txt"
 try:
     import webdataset as wds
     from webdataset.tariterators import base_plus_ext
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
+    sys.exit(f"error: {missing.name} {INSTALL}")
 
 SHARD_PATTERN = re.compile(r"shard-(\d{6})\.tar")
 MAX_SHARDS = 1_000_000
@@ -79,8 +80,9 @@ def explain(error: BaseException) -> str:
     """Say in one line what failed and, where it is known, the cure."""
     if isinstance(error, OSError) and error.strerror:
         cure = CURES.get(error.errno or 0)
-        return f"{error.filename!r}: {error.strerror}" + (f"; {cure}" if cure else "")
-    return " ".join(str(error).split())[:500] or type(error).__name__
+        name = "" if error.filename is None else f"{error.filename!r}: "
+        return f"{name}{error.strerror}" + (f"; {cure}" if cure else "")
+    return " ".join(str(error).split())[:1_000] or type(error).__name__
 
 
 def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
@@ -88,6 +90,11 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> int:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by the shell
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            elif isinstance(getattr(sys, name), io.TextIOWrapper):
+                getattr(sys, name).reconfigure(errors="backslashreplace")
         try:
             code = main(argv)
             sys.stdout.flush()
@@ -97,6 +104,9 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
             return 1
         except KeyboardInterrupt:
             return 130
+        except ModuleNotFoundError as error:
+            print(f"error: {error.name} {INSTALL}", file=sys.stderr)
+            return 1
         except (Refused, Failed, OSError) as error:
             print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
             return 2 if isinstance(error, Refused) else 1
@@ -174,7 +184,7 @@ def list_samples(
     skipped = len(faults.pop(INCOMPLETE)) if skip_incomplete and INCOMPLETE in faults else 0
     for problem, names in faults.items():
         what, _, cure = problem.partition("; ")
-        first = ", ".join(map(repr, heapq.nsmallest(5, names)))
+        first = ", ".join(repr(name[-100:]) for name in heapq.nsmallest(5, names))
         raise Refused(f"--source {os.fspath(source)!r} has {what}: {len(names)} ({first}); {cure}")
     if not samples:
         cure = "put pairs such as " + " + ".join(f"sample-0.{field}" for field in fields) + " there"
@@ -258,6 +268,8 @@ def key_fault(prefix: str, stem: str) -> str:
     if stem.startswith("__") or (prefix[:2] == "__" and re.match("__[^/]*__/", prefix)):
         return RESERVED
     key = prefix + stem
+    if re.match(r"BZh.1AY&SY", key, re.DOTALL):
+        return UNREADABLE  # in front of a shard, readers take it for bzip2
     if key.isascii() and "\n" not in key:
         return ""
     if NOT_UTF8.search(key) or base_plus_ext(f"{key}.a") != (key, "a"):
@@ -370,7 +382,9 @@ class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
             if field[0] == "_":
                 continue
             data = sample[field]
-            whole = isinstance(data, (bytes, bytearray, memoryview))
+            if isinstance(data, memoryview):
+                data = data.tobytes()
+            whole = isinstance(data, (bytes, bytearray))
             size = len(data) if whole else data.size
             member, digits = f"{key}.{field}", b"%011o" % size
             if len(member) <= 100 and len(digits) == 11 and member.isascii():
@@ -623,7 +637,7 @@ def plan_run(args: argparse.Namespace) -> Run:
     """
     started = time.time()
     for name in ("source", "output", "total_shards"):
-        if getattr(args, name) is None:
+        if getattr(args, name) in (None, ""):
             raise Refused(f"--{name.replace('_', '-')} is required (see --help)")
     fields = parse_fields(args.fields)
     source, output = os.path.abspath(args.source), os.path.abspath(args.output)
@@ -674,13 +688,14 @@ def load_run(staging: str) -> Run:
     try:
         with open(plan, encoding="utf-8") as stream:
             return Run(staging, *json.load(stream)[1:])
-    except ValueError:
+    except (ValueError, TypeError):
         raise Failed(f"{plan!r} is damaged; remove its folder") from None
 
 
 def check_output(output: str, source: str, fields: Sequence[str]) -> None:
     """Refuse an output in which shards cannot take, or would harm, what has their names."""
-    if "tar" in fields and f"{output}/".startswith(f"{source}/"):
+    inside = Path(os.path.realpath(source)) in Path(os.path.realpath(output), "shard").parents
+    if "tar" in fields and inside:
         raise Refused(f"--output {output!r} is inside --source, whose tars it could replace")
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(output):
@@ -734,6 +749,7 @@ def same_run(old: str, run: Run) -> bool:
     differs = [
         what
         for what, was, now in (
+            ("--source", before.source, run.source),
             ("--fields", tuple(before.fields), tuple(run.fields)),
             ("number of shards", before.total_shards, run.total_shards),
             ("samples, or --shuffle", before.samples, run.samples),
@@ -825,12 +841,15 @@ def finish_run(run: Run) -> str:
             f"not packed: shards {', '.join(missing)}; the previous dataset is untouched; "
             "run again with --resume to pack just these"
         )
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # to stop now would leave neither old nor new
+    # To stop now would leave neither the old dataset nor the new one.
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in stopping]
     with open(os.path.join(run.staging, MARKER), "xb"):
         sync_folder(run.staging)
     publish_shards(run.staging, run.total_shards)
     os.unlink(os.path.join(os.path.dirname(run.staging), LOCK))
+    for number, handler in zip(stopping, handlers, strict=True):
+        signal.signal(number, handler)
     return (
         f"{len(run.samples):,} samples in {len(sizes):,} shards, {sum(sizes):,} bytes "
         f"(mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
@@ -928,12 +947,13 @@ def pack_shards(args: argparse.Namespace) -> int:
                 raise Failed("the driver is gone, so its workers stop")
             try:
                 shard = pack(run, shard_id, run.shard_samples(shard_id), bar.update)
-                with bar.external_write_mode():  # one write a line: other workers write, too
-                    print(report(shard) + "\n", end="", flush=True)
             except (Failed, OSError) as error:
                 failed += 1
                 with bar.external_write_mode():
                     print(f"Shard {shard_id} failed: {explain(error)}\n", end="", file=sys.stderr)
+                continue
+            with bar.external_write_mode():  # one write a line: other workers write, too
+                print(report(shard) + "\n", end="", flush=True)
     if not args.run:
         sync_folder(run.staging)
     return 1 if failed else 0

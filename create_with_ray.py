@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import logging
@@ -10,12 +11,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
 from create_webdataset import (
+    INSTALL,
     Failed,
     Parser,
     Refused,
@@ -38,7 +40,7 @@ try:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
+    sys.exit(f"error: {missing.name} {INSTALL}")
 
 HERE = Path(__file__).resolve().parent
 RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
@@ -80,21 +82,29 @@ def connect(address: str | None, num_workers: int | None) -> int:
         return num_workers
     modules = [str(HERE / "create_webdataset.py"), str(HERE / "create_with_ray.py")]
     try:
-        if address != "auto":  # ray itself would knock for many minutes
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
         quiet(address=address, runtime_env={"py_modules": modules})
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise Failed(f"--address {address}: {reason}; see README, On a cluster") from None
+        cure = "is RAY_AUTH_MODE=token set, and the token the cluster's? see README, On a cluster"
+        raise Failed(f"--address {address!r}: {reason}; {cure}") from None
     return num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def check_address(address: str) -> None:
+    """Refuse an address where nothing answers; Ray itself would knock for many minutes."""
+    try:
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError, ValueError) as error:
+        raise Failed(f"--address {address!r}: {error}; see README, On a cluster") from None
+
+
 def probe_node(run: Run, path: str) -> bool:
-    """Tell whether this node sees the staging folder, as the driver wrote it, and the source."""
+    """Tell whether this node sees the staging folder that the driver made, and the source."""
     try:
         probe = Path(run.staging, PROBE).read_text(encoding="utf-8")
-        return probe == run.staging and os.path.exists(os.path.join(run.source, path))
+        seen = probe == run.staging and os.path.exists(os.path.join(run.source, path))
+        return seen and os.access(run.staging, os.W_OK)
     except OSError:
         return False
 
@@ -114,7 +124,7 @@ def check_nodes(run: Run) -> None:
     if blind:
         raise Failed(
             f"nodes {', '.join(blind)} do not see the files that this machine sees: --source and "
-            "--output must be on storage that all nodes share, under the same path"
+            "--output must be on storage that all nodes share, under the same path, and can write"
         )
 
 
@@ -134,7 +144,7 @@ def pack_on_node(run: Run, shard_id: int, samples: Sequence[str]) -> Shard:
 
 def pack_all(
     run: Run, in_flight: int, strategy: str = "DEFAULT"
-) -> Iterator[tuple[int, Shard | Exception]]:
+) -> Generator[tuple[int, Shard | Exception], None, None]:
     """Pack all shards of a run, with at most `in_flight` tasks submitted at a time.
 
     Yields:
@@ -165,17 +175,27 @@ def pack_all(
             ray.cancel(task_left, force=True)
 
 
+stopped_by: list[int] = []  # signals that have ended the run
+
+
 def stop(number: int, _frame: object) -> NoReturn:
     """End the run on a signal, with the exit code that a shell gives it."""
+    stopped_by.append(number)
     print("stopped; the previous dataset is untouched; --resume continues", file=sys.stderr)
     sys.exit(128 + number)
+
+
+def handle_signals() -> None:
+    """Let the polite signals end the run in order."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
 
 
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    if args.num_workers is not None and args.num_workers < 1:
+    if args.num_workers is not None and not 1 <= args.num_workers < 10**7:
         raise Refused(f"--num-workers {args.num_workers}: not a number from 1")
     if args.address and args.num_shards is None:
         raise Refused(
@@ -183,17 +203,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     args.total_shards = args.num_shards if args.num_shards is not None else args.num_workers or 4
     run = plan_run(args)
+    if args.address and args.address != "auto":
+        check_address(args.address)
     start_run(run, args.resume)
     try:
+        handle_signals()
         num_workers = connect(args.address, args.num_workers)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, stop)  # after Ray has set its own
+        handle_signals()  # Ray has set its own
         if args.address:
             check_nodes(run)
             outcomes = pack_all(run, num_workers, "SPREAD")
         else:  # its CPUs bound what runs; a second task waits for each, so that none is idle
             outcomes = pack_all(run, 2 * num_workers)
-        with tqdm(total=len(run.samples), unit=" samples", disable=None) as bar:
+        bar = tqdm(total=len(run.samples), unit=" samples", disable=None)
+        with bar, contextlib.closing(outcomes):
             for shard_id, outcome in outcomes:
                 bar.update(outcome.samples if isinstance(outcome, Shard) else 0)
                 with bar.external_write_mode():
@@ -203,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         print(f"Shard {shard_id} failed: {explain(outcome)}", file=sys.stderr)
     finally:
         ray.shutdown()
+        if stopped_by:  # a blocking call of Ray makes any exit an exit with code 1
+            sys.exit(128 + stopped_by[0])
     summary = finish_run(run)
     print(f"All shards created successfully with Ray.\n{summary}")
     return 0

@@ -17,8 +17,10 @@ fi
 exec "$python" - "$((10#$count))" "$directory" <<'EOF'
 import colorsys
 import os
+import signal
 import sys
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     from PIL import Image, ImageDraw
 except ModuleNotFoundError:
@@ -44,7 +46,7 @@ try:
                 made += 1
             except FileExistsError:
                 pass
-except OSError as error:
-    sys.exit(f"make_dummy_data.sh: error: {error.filename!r}: {error.strerror}")
-print(f"{made:,} files made in {directory}, {2 * count - made:,} were there already")
+    print(f"{made:,} files made in {directory}, {2 * count - made:,} were there already", flush=True)
+except (OSError, UnicodeError) as error:
+    sys.exit(f"make_dummy_data.sh: error: {error}")
 EOF

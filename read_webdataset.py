@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import sys
+import tarfile
 import textwrap
 import warnings
 from collections import Counter, defaultdict
@@ -20,6 +21,7 @@ from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 from create_webdataset import (
+    INSTALL,
     INTERRUPTED,
     SHARD_PATTERN,
     Failed,
@@ -44,9 +46,12 @@ try:
     from tqdm import tqdm
     from webdataset.tariterators import base_plus_ext
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
+    sys.exit(f"error: {missing.name} {INSTALL}")
 
 IMAGE_FIELDS = {"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
+# Formats that Pillow decodes itself: for some others (EPS) it runs programs.
+FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
+MAX_NAME = 8 << 10  # bytes of an extended header; names of files have 4 KB at most
 TEXT_LIMIT = 200  # characters of a text that are printed
 MAX_IMAGE = 256 << 20  # bytes of an image that --decode takes into memory
 SHOWN = 5  # faults of one kind that are named; the rest are counted
@@ -105,6 +110,10 @@ def plain_dataset(shards: Sequence[str], **options: Any) -> wds.WebDataset:
 
 Faults = defaultdict[str, list[str]]  # what is wrong -> where
 BLOCK = 512
+# How readers recognise gzip, bzip2, xz, lzma and zstd (getcomptype of Python's tarfile).
+COMPRESSED = re.compile(
+    rb"\x1f\x8b\x08|BZh.1AY&SY|\xfd7zXZ|\x5d\0\0\x80|\x28\xb5\x2f\xfd", re.DOTALL
+)
 
 
 class Damaged(Exception):
@@ -159,6 +168,8 @@ def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
     """
     extended: dict[str, str] = {}
     offset = 0
+    if COMPRESSED.match(stream.read(BLOCK)):
+        raise Damaged("compressed, or readers take it for that")
     while True:
         stream.seek(offset)
         header = stream.read(BLOCK)
@@ -175,12 +186,14 @@ def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
         if offset + BLOCK + size > end:
             raise Damaged(f"cut short: the member at byte {offset:,} is not whole")
         if kind in (b"x", b"L"):
-            if size > 1 << 16 or extended:
+            if size > MAX_NAME or extended:
                 raise Damaged(f"extended header of {size:,} bytes, or two in a row")
             extended = read_extended(kind, stream.read(size))
         elif kind in (b"0", b"\0"):
             name, prefix = (header[a:b].split(b"\0")[0] for a, b in ((0, 100), (345, 500)))
             whole = prefix + b"/" + name if prefix else name
+            if name.endswith(b"/"):
+                raise Damaged(f"a folder's name on a file, at byte {offset:,}")
             yield extended.get("path") or whole.decode("utf-8", "surrogateescape"), size
             extended = {}
         elif kind == b"5" and not size:  # a folder, which readers skip and lose nothing
@@ -211,12 +224,16 @@ def read_extended(kind: bytes, data: bytes) -> dict[str, str]:
         length = int(match[1]) if match else 0
         if not match or not match.end() < length <= len(data) or data[length - 1] != 0x0A:
             raise Damaged("bad extended header")
-        name, value = match[2].decode("utf-8", "replace"), data[match.end() : length - 1]
+        try:
+            name, value = match[2].decode(), data[match.end() : length - 1]
+            value.decode()
+        except UnicodeDecodeError:
+            raise Damaged("extended header that is not UTF-8") from None
         if name.startswith("GNU.sparse") or (
             name == "size" and not re.fullmatch(rb"\d{1,19}", value)
         ):
             raise Damaged(f"extended header {name!r}")
-        values[name] = value.decode("utf-8", "surrogateescape")
+        values[name] = value.decode()
         data = data[length:]
     if not values.get("path", "path") or not values:
         raise Damaged("empty extended header")
@@ -311,7 +328,7 @@ def check_content(
             if left or any(piece != stream.read(len(piece)) for piece in pieces):
                 yield "bytes differ from the source", repr(f"{key}.{field}")
             stream.seek(start)
-    if task.decode and field in IMAGE_FIELDS:
+    if task.decode and field.rpartition(".")[2] in IMAGE_FIELDS:
         problem = "too large" if length > MAX_IMAGE else decode_problem(stream.read(length))
         if problem:
             yield "image that cannot be decoded", f"{f'{key}.{field}'!r} ({problem})"
@@ -322,7 +339,7 @@ def decode_problem(data: bytes) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 image.load()
         return ""
     except Exception as error:  # Pillow's decoders raise nearly anything on hostile data
@@ -357,7 +374,7 @@ def check_dataset(
         faults["missing shard"].append(shard_name(number))
     reports: list[Report] = []
     with tqdm(total=len(names), unit=" shards", disable=None) as bar:
-        for report in check_shards_of(tasks, args.num_workers):
+        for report in check_shards_of(tasks, min(args.num_workers, len(names))):
             bar.update()
             reports.append(report)
             for kind, detail in report.faults:
@@ -413,9 +430,10 @@ def compare_shards(
                 faults["key in two shards"].append(f"{key!r} in {places[key]} and {name}")
             places[key] = name
     field_sets = Counter(fields for report in reports for fields in report.field_sets)
+    usual = field_sets.most_common(1)[0][0] if field_sets else ()
     for report in reports:
         for fields, key in report.field_sets.items():
-            if fields != field_sets.most_common(1)[0][0]:
+            if fields != usual:
                 detail = f"{os.path.basename(report.path)}: {key!r} has {', '.join(fields)}"
                 faults["fields differ from those of other samples"].append(detail)
     if listed is None:
@@ -434,6 +452,15 @@ def compare_shards(
             )
     for key, name in places.items():
         faults["extra sample, not in the source"].append(f"{key!r} in {name}")
+
+
+def stat_shard(path: str) -> tuple[int, int, int] | None:
+    """Return what tells a shard from one that took its place, or None where there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def print_faults(faults: Faults) -> None:
@@ -455,7 +482,7 @@ def read_samples(shards: Sequence[str], limit: int | None) -> Iterator[dict[str,
     dataset = plain_dataset(
         shards, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
     )
-    return islice(dataset, limit)
+    return islice(dataset, None if limit is None else min(limit, sys.maxsize))
 
 
 def one_line(text: str) -> str:
@@ -475,7 +502,7 @@ def image_size(data: bytes) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return f"{image.width}x{image.height}, {len(data)} bytes"
     except Exception as error:  # Pillow's readers raise nearly anything on hostile data
         return f"{len(data)} bytes (not readable: {type(error).__name__})"
@@ -505,7 +532,7 @@ def draw_preview(shards: Sequence[str], limit: int, target: str) -> None:
         left, top = number % columns * side, number // columns * (side + caption)
         images = [data for field, data in sample.items() if field in IMAGE_FIELDS]
         if images and not decode_problem(images[0]):
-            with Image.open(io.BytesIO(images[0])) as image:
+            with Image.open(io.BytesIO(images[0]), formats=FORMATS) as image:
                 thumbnail = ImageOps.contain(image.convert("RGB"), (side - 16, side - 16))
             margin = (side - thumbnail.width) // 2, (side - thumbnail.height) // 2
             sheet.paste(thumbnail, (left + margin[0], top + margin[1]))
@@ -535,17 +562,28 @@ class SplitShards:
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = -1
+        self.node = 0, 1  # rank and world size
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Take the rank along to workers that are spawned: they have no process group."""
+        return {**self.__dict__, "node": wds.utils.pytorch_worker_info()[:2]}
 
     def __call__(self, urls: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield the shards of this rank and worker."""
         self.epoch += 1
         shards = list(urls)
         rank, world_size, worker, num_workers = wds.utils.pytorch_worker_info()
+        if world_size == 1:
+            rank, world_size = self.node
         readers, reader = world_size * num_workers, rank * num_workers + worker
+        if len(shards) < world_size:
+            raise Failed(
+                f"{len(shards)} shards for {world_size} ranks: pack one for each, at least"
+            )
         if len(shards) < readers and reader == 0 and self.epoch == 0:
             warnings.warn(
-                f"{len(shards)} shards for {readers} readers ({world_size} ranks of {num_workers} "
-                "workers): some get no samples; pack more shards, or start fewer workers",
+                f"{len(shards)} shards for {readers} readers (ranks: {world_size}, "
+                f"workers of each: {num_workers}): some get no samples; pack more shards",
                 stacklevel=2,
             )
         if self.shuffle:
@@ -584,7 +622,8 @@ def open_webdataset(
         workersplitter=None,
         empty_check=False,
     )
-    dataset = dataset.shuffle(shuffle, rng=random.Random(seed))
+    if shuffle > 0:  # anew from seed and epoch, however much of the last epoch was read
+        dataset = dataset.compose(wds.detshuffle(shuffle, seed=seed))
     return (dataset.decode(decode) if decode else dataset).to_tuple(*fields)
 
 
@@ -614,17 +653,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Refused("--num-workers is a number from 1, --limit one from 0")
     faults: Faults = defaultdict(list)
     names = find_shards(args.path, faults)
+    before = [stat_shard(os.path.join(args.path, name)) for name in names]
     reports = check_dataset(args.path, names, args, faults)
     sound = [report.path for report in reports if report.sound]
-    if not args.quiet:
-        for number, sample in enumerate(read_samples(sound, args.limit)):
+    try:
+        for number, sample in enumerate(read_samples([] if args.quiet else sound, args.limit)):
             print_sample(number, sample)
-    if args.preview:
+    except (tarfile.TarError, ValueError) as error:
+        raise Failed(f"webdataset cannot read a shard: {explain(error)}") from None
+    if args.preview is not None:
         draw_preview(sound, 16 if args.limit is None else args.limit, args.preview)
+    if [stat_shard(report.path) for report in reports] != before:
+        raise Failed(f"{args.path!r}: the dataset was replaced while it was read; run again")
     print_faults(faults)
     verdict = "OK" if not faults else f"{sum(map(len, faults.values())):,} faults"
     if args.source is not None and not faults:
-        verdict = f"OK, each sample of {args.source} once, byte for byte"
+        verdict = f"OK, each sample of {one_line(args.source)} once, byte for byte"
     print(
         f"{sum(report.samples for report in reports):,} samples in {len(reports):,} shards, "
         f"{sum(report.size for report in reports):,} bytes: {verdict}"

@@ -89,7 +89,8 @@ pack() { # workers staging
   printf 'All shards created.\n%s\n' "$summary"
 }
 
-if [[ ${1-} == --staged ]]; then
+command -v "$python" >/dev/null || refuse "no interpreter: $python"
+if [[ ${1-} == --staged && $# == 3 ]]; then
   pack "$2" "$3"
 else
   main "$@"

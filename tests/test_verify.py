@@ -406,5 +406,7 @@ def test_training_pipeline_without_torch(good, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("NUM_WORKERS", "3")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORKER", "0")
-    with pytest.warns(UserWarning, match=r"5 shards for 6 readers \(2 ranks of 3 workers\)"):
+    with pytest.warns(
+        UserWarning, match=r"5 shards for 6 readers \(ranks: 2, workers of each: 3\)"
+    ):
         list(reader.open_webdataset(output, decode=None))
