@@ -30,7 +30,7 @@ refuse() {
 }
 
 main() {
-  local source=$here/source_data output=$here/webdataset_output workers=4 shards='' options=()
+  local source=$here/source_data output=$here/webdataset_output workers=4 shards=as-workers options=()
   while (($#)); do
     case $1 in
       --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
@@ -48,7 +48,7 @@ main() {
     esac
     shift 2
   done
-  : "${shards:=$workers}"
+  [[ $shards != as-workers ]] || shards=$workers
   [[ $workers =~ ^[1-9][0-9]{0,6}$ ]] || refuse "--num-workers $workers: not a number from 1"
   [[ $shards =~ ^[1-9][0-9]{0,6}$ ]] || refuse "--num-shards $shards: not a number from 1"
 

@@ -1,0 +1,182 @@
+"""What an attack on the scripts once found, and must not find again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, hashes, run_script, write_pairs
+
+import create_webdataset as core
+import create_with_ray
+import read_webdataset as reader
+
+
+def test_key_that_looks_like_bzip2(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 0)
+    for field in ("jpg", "txt"):
+        (source / f"BZh91AY&SY.{field}").touch()
+    with pytest.raises(core.Refused, match="cannot split"):
+        core.list_samples(source)
+
+
+def test_tars_of_a_linked_source_are_safe(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "shard-000000.tar").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("real")
+    flags = ["--fields=tar", "--num-shards=1", "--source", tmp_path / "link", "--output"]
+    for output in ("real", "link", "real/deeper"):
+        done = run_script("run_parallel.sh", *flags, tmp_path / output)
+        assert done.returncode == 2 and "inside --source" in done.stderr
+    assert (tmp_path / "real" / "shard-000000.tar").read_bytes() == b"mine"
+
+
+def test_resume_is_for_the_same_source(tmp_path: Path) -> None:
+    """Two sources with the same names, sizes and times, but other bytes."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, seed in ((one, 1), (two, 1)):
+        write_pairs(folder, 8, seed=seed)
+    for path in two.glob("*.jpg"):
+        path.write_bytes(bytes(path.stat().st_size))
+    for path in [*one.iterdir(), *two.iterdir()]:
+        os.utime(path, (1, 1))
+    victim = one / "sample-7.jpg"
+    victim.unlink()
+    victim.symlink_to("/proc/self/mem")
+    flags = ["--output", tmp_path / "o", "--num-shards=4"]
+    assert run_script("run_parallel.sh", "--source", one, *flags).returncode == 1
+    done = run_script("run_parallel.sh", "--source", two, *flags, "--resume")
+    assert done.returncode == 0 and "kept" not in done.stdout and "other --source" in done.stderr
+    assert reader.main(["--path", str(tmp_path / "o"), "--source", str(two), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("flag", ["--source=", "--output=", "--num-shards=", "--num-workers="])
+@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+def test_empty_flags(flag: str, script: str, tmp_path: Path) -> None:
+    write_pairs(tmp_path, 4)
+    (tmp_path / "shard-000007.tar").touch()
+    before = hashes(tmp_path)
+    done = run_script(script, "--source=.", "--output=o", flag, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert hashes(tmp_path) == before
+
+
+def test_decode_runs_no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_pairs(tmp_path / "source", 1)
+    (source / "sample-0.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"
+    )
+    core.create_webdataset(source, tmp_path / "o", 0, 1)
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    flags = ["--path", str(tmp_path / "o"), "--decode", "--preview", str(tmp_path / "p.png")]
+    assert reader.main(flags) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_replaced_while_it_is_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = write_pairs(tmp_path / "source", 4)
+    core.create_webdataset(source, tmp_path / "o", 0, 1)
+    print_sample = reader.print_sample
+
+    def replace_then_print(*args: object) -> None:
+        core.create_webdataset(source, tmp_path / "o", 0, 1)
+        print_sample(*args)  # type: ignore[arg-type]
+
+    reader.print_sample = replace_then_print  # type: ignore[assignment]
+    try:
+        assert reader.main(["--path", str(tmp_path / "o")]) == 1
+    finally:
+        reader.print_sample = print_sample
+    out, err = capfd.readouterr()
+    assert "replaced while it was read" in err and "OK" not in out
+
+
+@pytest.mark.parametrize("script", ["create_webdataset.py", "read_webdataset.py"])
+def test_closed_and_full_streams(script: str, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 2)
+    core.create_webdataset(source, tmp_path / "o", 0, 1)
+    command = f"'{sys.executable}' '{ROOT / script}'"
+    command += " --path o" if script.startswith("read") else (
+        " --source source --output o --shard-id 0 --total-shards 1"
+    )  # fmt: skip
+    for streams, code in ((">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 1)):
+        done = subprocess.run(
+            f"{command} {streams}", shell=True, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == code, (streams, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
+def test_ascii_terminal(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 0)
+    (source / "é.jpg").touch()
+    (source / "é.txt").write_text("日本")
+    core.create_webdataset(source, tmp_path / "o", 0, 1)
+    done = run_script(
+        "read_webdataset.py", "--path", tmp_path / "o", env={"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0 and "Key: \\xe9\n" in done.stdout, done.stderr
+
+
+def test_huge_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = write_pairs(tmp_path / "source", 2)
+    core.create_webdataset(source, tmp_path / "o", 0, 1)
+    many = "9" * 30
+    path = ["--path", str(tmp_path / "o"), "--quiet"]
+    assert reader.main([*path, "--num-workers", many, "--limit", many]) == 0
+    flags = ["--source", str(source), "--output", str(tmp_path / "new")]
+    assert create_with_ray.main([*flags, "--num-workers", many, "--num-shards", "1"]) == 2
+    assert core.main([*flags, "--total-shards", many, "--shard-id", "0"]) == 2
+    assert capfd.readouterr().err.count("\n") == 2 and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("plan", ["", "{}", "5", "null", "[]", "[1]", '"x"'])
+def test_damaged_plan_of_an_old_run(plan: str, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 4)
+    folder = tmp_path / "o" / f"{core.STAGING}{'0' * 16}"
+    folder.mkdir(parents=True)
+    (folder / core.PLAN).write_text(plan)
+    flags = ["--source", source, "--output", tmp_path / "o"]
+    done = run_script("run_parallel.sh", *flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert len(os.listdir(tmp_path / "o")) == 4
+
+
+def test_escapes_in_flags(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = write_pairs(tmp_path / "\x1b[31m", 1)
+    core.create_webdataset(source, tmp_path / "o", 0, 1)
+    assert reader.main(["--path", str(tmp_path / "o"), "--source", str(source)]) == 0
+    assert "\x1b" not in capfd.readouterr().out
+
+
+def test_script_without_its_interpreter(tmp_path: Path) -> None:
+    done = run_script("run_parallel.sh", env={"PYTHON": str(tmp_path / "no python")})
+    assert done.returncode == 2 and "no interpreter" in done.stderr
+    assert run_script("run_parallel.sh", "--staged").returncode == 2
+
+
+def test_lock_outlives_a_killed_driver_only_with_its_workers(tmp_path: Path) -> None:
+    """The lock belongs to whoever holds the descriptor, and to nobody after that."""
+    lock = core.lock_output(str(tmp_path))
+    failures: list[BaseException] = []
+
+    def second() -> None:
+        try:
+            core.lock_output(str(tmp_path))
+        except core.Failed as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    thread.join()
+    assert len(failures) == 1
+    os.close(lock)
+    os.close(core.lock_output(str(tmp_path)))
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,110 @@
+"""The README: its commands run, what it pastes is what they print, and no flag is missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = ["create_webdataset.py", "run_parallel.sh", "create_with_ray.py", "read_webdataset.py"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, as a clone is, with `python` leading to this interpreter."""
+    folder = tmp_path_factory.mktemp("readme") / "wds-example"
+    names = [*SCRIPTS, "make_dummy_data.sh"]
+    for name in ("source_data", "webdataset_output", "bin"):
+        (folder / name).mkdir(parents=True)
+    for name in names:
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "bin" / "python").chmod(0o755)
+    return folder
+
+
+def run(command: str, project: Path) -> str:
+    """Run a line of the README in the project, and return what it prints on stdout."""
+    path = f"{project / 'bin'}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHON": sys.executable}
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, (command, done.stderr)
+    return done.stdout
+
+
+def plain(text: str, project: Path) -> list[str]:
+    """Return the lines of an output, without what differs from run to run."""
+    text = text.replace(str(project), "/home/you/wds-example")
+    text = re.sub(r"(Image size: 64x64,) \d+ bytes", r"\1 N bytes", text)
+    return re.sub(r"in [\d.]+ s;", "in N s;", text).splitlines()
+
+
+def test_quick_start(project: Path) -> None:
+    """`make demo`, line by line, and then each command of the sections that follow."""
+    block = README.split("$ make demo\n")[1].split("```")[0]
+    pasted = block.splitlines()
+    commands = [n for n, line in enumerate(pasted) if line.startswith(("./", ".venv/"))]
+    for begin, end in zip(commands, [*commands[1:], len(pasted)], strict=True):
+        printed = plain(run(pasted[begin].replace(".venv/bin/", ""), project), project)
+        expected = plain("\n".join(pasted[begin + 1 : end]), project)
+        assert sorted(printed[: len(expected)]) == sorted(expected)
+
+
+def test_commands(project: Path) -> None:
+    run("./make_dummy_data.sh && ./run_parallel.sh", project)
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    commands = [
+        line
+        for block in blocks
+        for line in block.splitlines()
+        if line.startswith(("python ", "./")) and "/shared/" not in line
+    ]
+    assert len(commands) >= 4
+    for command in commands:
+        run(command, project)
+    for command, pasted in re.findall(r"^\$ (python read.*)\n(.*)$", README, re.MULTILINE):
+        assert run(command, project).splitlines()[-1] == pasted
+    (preview,) = re.findall(
+        r"^`(python read_webdataset.py .*--preview preview.png)` draws", README, re.M
+    )
+    run(preview, project)
+    assert (project / "preview.png").stat().st_size > 1_000
+
+
+def test_worked_example(tmp_path: Path) -> None:
+    """Seven samples in three shards, as the README shows them."""
+    table = re.findall(r"^(shard-\d{6}\.tar)((?:   ?sample-\d)+)$", README, re.MULTILINE)
+    run_script("make_dummy_data.sh", "7", tmp_path / "s")
+    run_script(
+        "run_parallel.sh", "--source", tmp_path / "s", "--output", tmp_path / "o", "--num-shards=3"
+    )
+    for shard, samples in table:
+        names = subprocess.check_output(["tar", "tf", tmp_path / "o" / shard], text=True).split()
+        assert [name[:-4] for name in names[::2]] == samples.split()
+    assert len(table) == 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_there(script: str) -> None:
+    for flag in re.findall(r"--[a-z-]+", run_script(script, "--help").stdout):
+        assert flag == "--help" or flag in README, f"{script} {flag}"
+
+
+def test_training_loop_is_python() -> None:
+    (loop,) = re.findall(r"```python\n(import os\n.*?)```", README, re.DOTALL)
+    compile(loop, "train.py", "exec")
