@@ -319,7 +319,8 @@ def sample_files(sample: str, fields: Sequence[str]) -> list[str]:
 CHANGED = "changed while it was packed; run again when it is at rest"
 WRITE_SIZE = 512 << 10  # bytes gathered for one write
 SEND_SIZE = 16 << 20  # bytes sent to the disk at a time
-WHOLE_SIZE = 512 << 10  # bytes of a file that is read in one piece; larger ones are copied
+WHOLE_SIZE = 64 << 10  # bytes of a file that is read in one piece; larger ones are copied
+AHEAD_SIZE = 512 << 10  # the same, for files that are read ahead
 SLOW_READ = 0.0005  # seconds; to open a file on a local disk takes a hundredth of that
 SLOW_RATE = 200e6  # bytes a second, beyond those seconds
 SLOW_READS = 8  # how many more slow reads than fast ones there must be
@@ -335,14 +336,19 @@ class LargeFile(io.FileIO):
         self.path = path
         self.size = size
 
-    def copy_to(self, stream: BinaryIO) -> None:
-        """Copy the file, and close it; raise Failed if its size is another by now."""
+    def copy_to(self, put: Callable[[Any], None], before: bytes) -> None:
+        """Put `before` and the file, and close it; raise Failed if its size is another by now."""
+        BUFFER[: len(before)] = before
+        start, left = len(before), self.size
         with self:
-            shutil.copyfileobj(self, stream, WRITE_SIZE)
-            if self.tell() != self.size:
-                raise Failed(f"{self.path!r} {CHANGED}")
+            while (count := self.readinto(BUFFER[start:])) and count <= left:
+                put(BUFFER[: start + count])
+                start, left = 0, left - count
+        if left or count:
+            raise Failed(f"{self.path!r} {CHANGED}")
 
 
+BUFFER = memoryview(bytearray(1 << 20))
 File = tuple[bytes | LargeFile, os.stat_result]
 
 
@@ -363,7 +369,7 @@ class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
         # The checksum counts itself as spaces; what name and size add comes with each member.
         self.checksum = sum(header[100:124] + header[135:148] + b" " * 8 + header[156:])
         self.parts: list[bytes] = []  # what is to be written next
-        self.pending = 0  # bytes in parts, about
+        self.pending = 0  # bytes in parts
         self.offset = 0  # bytes written
         self.sent = 0  # bytes of them on their way to the disk
 
@@ -393,14 +399,18 @@ class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
                 self.parts.append(self.template % (name.ljust(100, b"\0"), digits, checksum))
             else:
                 self.parts.append(self.make_header(member, size))
+            self.pending += len(self.parts[-1])
             if whole:
                 self.parts.append(data)
+                self.pending += size
             else:
-                self.flush()
-                data.copy_to(self.stream)
-                self.offset += size
+                if self.pending > WRITE_SIZE:
+                    self.flush()
+                data.copy_to(self.put, b"".join(self.parts))
+                self.parts.clear()
+                self.pending = 0
             self.parts.append(PADDING[-size % 512])
-            self.pending += size + 1024
+            self.pending += -size % 512
             total += size
             if self.pending > WRITE_SIZE:
                 self.flush()
@@ -408,14 +418,18 @@ class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
 
     def flush(self) -> None:
         """Write what has been gathered, and start it on its way to the disk."""
-        data = b"".join(self.parts)
-        self.stream.write(data)
-        self.offset += len(data)
+        self.put(b"".join(self.parts))
         self.parts.clear()
         self.pending = 0
-        if self.offset - self.sent > SEND_SIZE and isinstance(self.stream, io.BufferedWriter):
+
+    def put(self, data: Any) -> None:
+        """Write all of these bytes, and send what has gathered on its way to the disk."""
+        self.offset += len(data)
+        left = memoryview(data)
+        while left:
+            left = left[self.stream.write(left) :]
+        if self.offset - self.sent > SEND_SIZE and isinstance(self.stream, io.FileIO):
             # On Linux this starts to write the pages without waiting, so that fsync finds few.
-            self.stream.flush()
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self.stream.fileno(), self.sent, 0, os.POSIX_FADV_DONTNEED)
             self.sent = self.offset
@@ -434,7 +448,7 @@ class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
                 self.stream.write(self.make_header("unfinished", 512))  # whose data never comes
 
 
-def read_file(path: str, source_fd: int) -> File:
+def read_file(path: str, source_fd: int, whole_size: int = WHOLE_SIZE) -> File:
     """Return the content of a source file (or, where it is large, the open file) and its status.
 
     Raises:
@@ -446,7 +460,7 @@ def read_file(path: str, source_fd: int) -> File:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise Failed(f"{path!r} {CHANGED}")
-        if status.st_size > WHOLE_SIZE:
+        if status.st_size > whole_size:
             return LargeFile(os.dup(fd), path, status.st_size), status
         data = os.read(fd, status.st_size + 1)
         if len(data) != status.st_size:
@@ -476,7 +490,7 @@ def read_files(paths: Iterator[str], source_fd: int) -> Generator[File, None, No
 
 def read_batch(source_fd: int, paths: Sequence[str]) -> list[File]:
     """Return what `read_file` gives for each path."""
-    return [read_file(path, source_fd) for path in paths]
+    return [read_file(path, source_fd, AHEAD_SIZE) for path in paths]
 
 
 def read_ahead(paths: Iterator[str], source_fd: int) -> Iterator[File]:
@@ -583,9 +597,8 @@ def create_webdataset(
     # No reader globs this name, and no two attempts at the same shard share it.
     partial = os.path.join(output, f".shard-{shard_id:06d}-{secrets.token_hex(4)}")
     try:
-        with open(partial, "xb") as stream:
+        with open(partial, "xb", buffering=0) as stream:
             seen = write_samples(stream, source, samples, fields, progress)
-            stream.flush()
             os.fsync(stream.fileno())
             status = os.fstat(stream.fileno())
         os.rename(partial, os.path.join(output, shard_name(shard_id)))
@@ -674,7 +687,6 @@ def start_run(run: Run, resume: bool) -> int:
     try:
         with open(plan, "w", encoding="utf-8") as stream:
             json.dump(run, stream)
-            stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
         error.filename = plan  # a failed write names no file

@@ -111,7 +111,7 @@ def test_a_file_that_changes_size(
 ) -> None:
     """Real changes, between the fstat and the end of the read."""
     source = write_pairs(tmp_path / "source", 40)
-    size = core.WHOLE_SIZE * 2 if large else 1_000
+    size = core.AHEAD_SIZE * 2 if large else 1_000
     victim = source / "sample-20.jpg"
     victim.write_bytes(bytes(size))
     if slow:
@@ -147,7 +147,7 @@ def test_reading_ahead_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_pairs(tmp_path / "source", 500, largest=30_000)
-    (source / "sample-70.jpg").write_bytes(bytes(3 * core.WHOLE_SIZE))
+    (source / "sample-70.jpg").write_bytes(bytes(3 * core.AHEAD_SIZE))
     core.create_webdataset(source, tmp_path / "plain", 0, 1)
     threads = threading.active_count()
     monkeypatch.setattr(core, "SLOW_READ", -1)
@@ -181,6 +181,23 @@ def peak_memory(source: Path, output: Path, slow_read: float = 1) -> int:
     return int(done.stdout) // 1024
 
 
+def test_large_files_behind_many_long_names(tmp_path: Path) -> None:
+    """What is gathered before a large file never outgrows the buffer that it is put into."""
+    stream, theirs = io.BytesIO(), io.BytesIO()
+    (tmp_path / "large").write_bytes(bytes(core.WHOLE_SIZE * 20))
+    with core.FastTarWriter(stream) as sink, wds.TarWriter(theirs, encoder=False, mtime=0) as slow:
+        for number in range(600):
+            sample = {"__key__": f"{number}" + "é" * 2_000, "jpg": b"x"}
+            sink.write(sample)
+            slow.write(sample)
+        fields = {f"f{n:02}": bytes(core.WHOLE_SIZE) for n in range(30)}
+        fd = os.open(tmp_path / "large", os.O_RDONLY)
+        large = core.LargeFile(fd, "large", core.WHOLE_SIZE * 20)
+        sink.write({"__key__": "many", **fields, "large": large})
+        slow.write({"__key__": "many", **fields, "large": (tmp_path / "large").read_bytes()})
+    assert stream.getvalue() == theirs.getvalue()
+
+
 def test_memory_does_not_grow_with_a_file(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 2)
     os.truncate(source / "sample-1.jpg", 300 << 20)  # a sparse file costs no disk, but a long read
@@ -194,7 +211,7 @@ def test_memory_does_not_grow_with_the_shard(slow_read: float, tmp_path: Path) -
     for number in range(600):  # 300 MB, each file as large as is read in one piece
         (source / f"{number}.txt").touch()
         (source / f"{number}.jpg").touch()
-        os.truncate(source / f"{number}.jpg", core.WHOLE_SIZE)
+        os.truncate(source / f"{number}.jpg", core.AHEAD_SIZE)
     assert peak_memory(source, tmp_path, slow_read) < 100
     (tmp_path / "shard-000000.tar").unlink()
 
@@ -205,7 +222,7 @@ def test_open_files_stay_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for number in range(300):
         (source / f"{number}.txt").touch()
         (source / f"{number}.jpg").touch()
-        os.truncate(source / f"{number}.jpg", core.WHOLE_SIZE + 1)
+        os.truncate(source / f"{number}.jpg", core.AHEAD_SIZE + 1)
     monkeypatch.setattr(core, "SLOW_READ", -1)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
