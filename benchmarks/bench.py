@@ -199,8 +199,8 @@ def samples(bench: Bench) -> list[Contestant]:
 
 
 def reader(bench: Bench) -> list[Contestant]:
-    """The shards of 20,000 samples of 8 KB + 40 B, read and checked; whole commands."""
-    source, count = bench.data(20_000, 8192)
+    """The shards of 100,000 samples of 1 KB + 40 B, read and checked; whole commands."""
+    source, count = bench.data(100_000, 1024)
     shards = bench.root / "shards"
     shards.mkdir(exist_ok=True)
     for job in bench.script("ours", source, 4):
@@ -212,6 +212,7 @@ def reader(bench: Bench) -> list[Contestant]:
     return [
         Contestant("plain loop over wds.WebDataset", bench.script("wds-read", str(shards)), count),
         Contestant("read_webdataset.py", [read], count),
+        Contestant("read_webdataset.py, 2 workers", [[*read, "--num-workers", "2"]], count),
         Contestant("read_webdataset.py --source, 2 workers", [proof], count),
     ]
 

@@ -213,3 +213,4 @@ CONTESTANTS: dict[str, Callable[[Task], None]] = {
 if __name__ == "__main__":
     name, source, output, part, parts = sys.argv[1:]
     CONTESTANTS[name](Task(source, output, int(part), int(parts)))
+    print("done at", time.perf_counter(), flush=True)

@@ -147,6 +147,9 @@ class Runs:
 EMPTY = "empty Ray, start and stop"
 
 
+WDS = "plain loop over wds.WebDataset"
+
+
 class Target(NamedTuple):
     """A figure, and what it must be at most or at least; with neither it is only stated."""
 
@@ -202,12 +205,8 @@ TARGETS = (
         lambda runs: runs.memory("listing 1,000,000", "listing 1,000"),
         at_most=400,
     ),
-    ratio(
-        "reader",
-        "plain loop over wds.WebDataset",
-        "read_webdataset.py --source, 2 workers",
-        least=3,
-    ),
+    ratio("reader", WDS, "read_webdataset.py, 2 workers", least=3),
+    ratio("reader", WDS, "read_webdataset.py --source, 2 workers"),
 )
 
 
