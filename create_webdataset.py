@@ -437,7 +437,7 @@ class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
     def close(self) -> None:
         """Finish the archive: two blocks of zeros, then zeros up to a whole record of 10,240."""
         self.flush()
-        self.stream.write(bytes(1024 + -(self.offset + 1024) % 10_240))
+        self.put(bytes(1024 + -(self.offset + 1024) % 10_240))
 
     def __exit__(self, exc_type: object, exc_val: object, exc_tb: object) -> None:
         """Finish the archive, or, after an exception, make sure that it looks cut short."""

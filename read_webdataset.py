@@ -275,7 +275,7 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
     keys: list[str] = []
     fields: dict[tuple[str, ...], str] = {}
     expected = {sample_key(sample): sample for sample in task.samples or ()}
-    current: list[str] = []
+    current: set[str] = set()
     seen: set[str] = set()
 
     def finish_sample() -> None:
@@ -302,7 +302,7 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
                 keys.append(key)
             if field.lower() in current:
                 raise Damaged(f"field {field!r} occurs twice in sample {key!r}")
-            current.append(field.lower())
+            current.add(field.lower())
             faults.extend(
                 check_content(task, expected.get(key), key, field.lower(), stream, length)
             )
@@ -394,7 +394,7 @@ def check_shards_of(tasks: Iterator[Task], num_workers: int) -> Iterator[Report]
 
 def shard_id(name: str) -> int:
     """Return the number of a shard from its name or path."""
-    return int(os.path.basename(name)[6:12])
+    return int(SHARD_PATTERN.sub(r"\1", os.path.basename(name)))
 
 
 def count_shards(path: str, names: Sequence[str], listed: Sequence[str] | None) -> int:

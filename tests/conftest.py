@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 MakeSource = Callable[..., Path]
@@ -25,6 +27,13 @@ def write_pairs(folder: Path, count: int, largest: int = 2_000, seed: int = 0) -
         (folder / f"sample-{number}.jpg").write_bytes(rng.randbytes(rng.randrange(largest)))
         (folder / f"sample-{number}.txt").write_bytes(rng.randbytes(rng.randrange(50)))
     return folder
+
+
+def jpeg(width: int, height: int) -> bytes:
+    """Return a red picture."""
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(stream, "JPEG")
+    return stream.getvalue()
 
 
 def hashes(folder: Path) -> dict[str, str]:

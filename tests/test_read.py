@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_script
-from PIL import Image
+from conftest import jpeg, run_script
 
 import create_webdataset
 import read_webdataset
@@ -25,12 +23,6 @@ def make_dataset(folder: Path, samples: dict[str, tuple[bytes, bytes]], shards: 
     for shard_id in range(shards):
         create_webdataset.create_webdataset(folder / "source", folder / "output", shard_id, shards)
     return folder / "output"
-
-
-def jpeg(width: int, height: int) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (width, height), "red").save(stream, "JPEG")
-    return stream.getvalue()
 
 
 def test_specified_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
-from conftest import write_pairs
+from conftest import jpeg, write_pairs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -324,12 +324,6 @@ def test_what_is_counted_is_what_webdataset_yields(tmp_path_factory, data: bytes
     theirs = list(wds.WebDataset([str(shard)], shardshuffle=False))
     assert [sample["__key__"] for sample in theirs] == report.keys
     assert report.samples == len(theirs)
-
-
-def jpeg(width: int, height: int) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (width, height), "red").save(stream, "JPEG")
-    return stream.getvalue()
 
 
 def test_decode_and_preview(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
