@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 INSTALL = "is not installed; run: pip install -r requirements.txt"
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, always
 try:
     import webdataset as wds
     from webdataset.tariterators import base_plus_ext
@@ -69,8 +71,11 @@ class Failed(Exception):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line and whose flags are never guessed."""
 
-    def __init__(self, **options: object) -> None:
-        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+    def __init__(self, usage: str, description: str, examples: str) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            "", usage, description, examples, formatter_class=layout, allow_abbrev=False
+        )
 
     def error(self, message: str) -> NoReturn:
         raise Refused(f"{message} (see --help)")
@@ -83,6 +88,16 @@ def explain(error: BaseException) -> str:
         name = "" if error.filename is None else f"{error.filename!r}: "
         return f"{name}{error.strerror}" + (f"; {cure}" if cure else "")
     return " ".join(str(error).split())[:1_000] or type(error).__name__
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Name a file in the errors that do not: a failed read or write knows no more than a number."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
 def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
@@ -172,87 +187,89 @@ def list_samples(
     """
     if sys.getfilesystemencoding() != "utf-8":
         raise Refused("file names must be read as UTF-8 to give the same keys; set PYTHONUTF8=1")
-    samples: list[str] = []
-    faults: dict[str, list[str]] = defaultdict(list)
-    ignored = 0
-    folders = [""]
-    while folders:
-        try:
-            ignored += scan_folder(source, folders.pop(), fields, samples, faults, folders)
-        except OSError as error:
-            raise Refused(f"--source cannot be listed: {explain(error)}") from None
-    skipped = len(faults.pop(INCOMPLETE)) if skip_incomplete and INCOMPLETE in faults else 0
+    scan = Scan(source, fields)
+    try:
+        while scan.folders:
+            scan.list_folder(scan.folders.pop())
+    except OSError as error:
+        raise Refused(f"--source cannot be listed: {explain(error)}") from None
+    samples, faults = scan.samples, scan.faults
+    skipped = len(faults.pop(INCOMPLETE, ())) if skip_incomplete else 0
     for problem, names in faults.items():
         what, _, cure = problem.partition("; ")
         first = ", ".join(repr(name[-100:]) for name in heapq.nsmallest(5, names))
         raise Refused(f"--source {os.fspath(source)!r} has {what}: {len(names)} ({first}); {cure}")
     if not samples:
         cure = "put pairs such as " + " + ".join(f"sample-0.{field}" for field in fields) + " there"
-        if not skipped and not ignored:
+        if not skipped and not scan.ignored:
             cure += ", or make some with ./make_dummy_data.sh"
         raise Refused(f"--source {os.fspath(source)!r} has no complete sample: {cure}")
     samples.sort()
     if shuffle is not None:
         samples.sort(key=functools.partial(shuffle_rank, shuffle))
-    return Listing(samples, skipped, ignored)
+    return Listing(samples, skipped, scan.ignored)
 
 
-def scan_folder(
-    source: str | os.PathLike[str],
-    prefix: str,
-    fields: Sequence[str],
-    samples: list[str],
-    faults: dict[str, list[str]],
-    folders: list[str],
-) -> int:
-    """List the folder at `prefix` ("" or "cats/") below source; return how many names it ignores.
+class Scan:
+    """What has been found so far in a source, and what is still to be listed."""
 
-    Its samples, faults and folders are added to the lists that are passed in.
-    """
-    bits = {field: 1 << number for number, field in enumerate(fields)}
-    endings = tuple("." + field for field in fields)
-    found: dict[str, int] = {}  # name up to the first dot -> the fields that are there, as bits
-    spelled: dict[str, dict[str, str]] = defaultdict(dict)
-    ignored = 0
-    with os.scandir(os.path.join(source, prefix[:-1]) if prefix else source) as entries:
-        for entry in entries:
-            name = entry.name
-            if name[0] == ".":
-                continue
-            regular = entry.is_file(follow_symlinks=False)
-            if not regular:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{prefix}{name}/")
+    def __init__(self, source: str | os.PathLike[str], fields: Sequence[str]) -> None:
+        self.source = source
+        self.fields = fields
+        self.bits = {field: 1 << number for number, field in enumerate(fields)}
+        self.endings = tuple("." + field for field in fields)
+        self.folders = [""]  # to be listed, as "" or "cats/" below source
+        self.samples: list[str] = []
+        self.faults: dict[str, list[str]] = defaultdict(list)
+        self.ignored = 0
+
+    def list_folder(self, prefix: str) -> None:
+        """List the folder at `prefix`; note the folders within it for later."""
+        held: dict[str, int] = {}  # name up to the first dot -> the fields that are there, as bits
+        spelled: dict[str, dict[str, str]] = defaultdict(dict)
+        with os.scandir(os.path.join(self.source, prefix[:-1]) if prefix else self.source) as names:
+            for entry in names:
+                name = entry.name
+                if name[0] == ".":
                     continue
-                regular = leads_to_file(entry)
-            stem, _, extension = name.partition(".")
-            bit = bits.get(extension)
-            if bit is None:
-                field = extension.lower()
-                bit = bits.get(field)
+                regular = entry.is_file(follow_symlinks=False)
+                if not regular:
+                    if entry.is_dir(follow_symlinks=False):
+                        self.folders.append(f"{prefix}{name}/")
+                        continue
+                    regular = leads_to_file(entry)
+                stem, _, extension = name.partition(".")
+                bit = self.bits.get(extension) or self.bits.get(extension.lower())
                 if bit is None:
-                    ignored += 1
-                    if name.lower().endswith(endings):
-                        faults[DOTTED].append(prefix + name)
+                    self.ignored += 1
+                    if name.lower().endswith(self.endings):
+                        self.faults[DOTTED].append(prefix + name)
                     continue
-                if regular:
-                    spelled[stem][field] = extension
-            held = found.get(stem, 0)
-            if held & bit:
-                faults[DUPLICATE].append(prefix + name)
-            found[stem] = held | bit if regular else held
+                if regular and extension not in self.bits:
+                    spelled[stem][extension.lower()] = extension
+                before = held.get(stem, 0)
+                if before & bit:
+                    self.faults[DUPLICATE].append(prefix + name)
+                held[stem] = before | bit if regular else before
+        self.add_samples(prefix, held, spelled)
 
-    for stem, held in found.items():
-        key = prefix + stem
-        if fault := key_fault(prefix, stem):
-            faults[fault].append(key)
-        elif held + 1 != 1 << len(bits):
-            faults[INCOMPLETE].append(key)
-        elif stem in spelled:
-            samples.append("\0".join([key, *(spelled[stem].get(f, f) for f in fields)]))
-        else:
-            samples.append(key)
-    return ignored
+    def add_samples(
+        self, prefix: str, held: Mapping[str, int], spelled: Mapping[str, Mapping[str, str]]
+    ) -> None:
+        """Note the complete samples of a folder, and what is wrong with the others."""
+        complete = (1 << len(self.bits)) - 1
+        for stem, bits in held.items():
+            key = prefix + stem
+            if fault := key_fault(prefix, stem):
+                self.faults[fault].append(key)
+            elif bits != complete:
+                self.faults[INCOMPLETE].append(key)
+            elif stem in spelled:
+                self.samples.append(
+                    "\0".join([key, *(spelled[stem].get(f, f) for f in self.fields)])
+                )
+            else:
+                self.samples.append(key)
 
 
 def leads_to_file(entry: os.DirEntry[str]) -> bool:
@@ -321,10 +338,10 @@ WRITE_SIZE = 512 << 10  # bytes gathered for one write
 SEND_SIZE = 16 << 20  # bytes sent to the disk at a time
 WHOLE_SIZE = 64 << 10  # bytes of a file that is read in one piece; larger ones are copied
 AHEAD_SIZE = 512 << 10  # the same, for files that are read ahead
-SLOW_READ = 0.0005  # seconds; to open a file on a local disk takes a hundredth of that
-SLOW_RATE = 200e6  # bytes a second, beyond those seconds
-SLOW_READS = 8  # how many more slow reads than fast ones there must be
+SLOW_READ = 0.0005  # seconds a file; a local disk takes a hundredth of that to open one
+SLOW_BATCHES = 3  # how many more slow batches than fast ones there must be
 READ_THREADS, READ_BATCHES, READ_BATCH = 16, 24, 4  # 96 files ahead: 48 MB at most
+COPY_SIZE = 1 << 20  # bytes of a large file that are copied at a time
 PADDING = [bytes(length) for length in range(512)]
 
 
@@ -336,19 +353,21 @@ class LargeFile(io.FileIO):
         self.path = path
         self.size = size
 
-    def copy_to(self, put: Callable[[Any], None], before: bytes) -> None:
-        """Put `before` and the file, and close it; raise Failed if its size is another by now."""
-        BUFFER[: len(before)] = before
-        start, left = len(before), self.size
+    def pieces(self, buffer: memoryview) -> Iterator[memoryview]:
+        """Yield the content, piece by piece in the buffer, and close the file.
+
+        Raises:
+            Failed: its size is another by now.
+        """
+        left = self.size
         with self:
-            while (count := self.readinto(BUFFER[start:])) and count <= left:
-                put(BUFFER[: start + count])
-                start, left = 0, left - count
+            while (count := self.readinto(buffer)) and count <= left:
+                left -= count
+                yield buffer[:count]
         if left or count:
             raise Failed(f"{self.path!r} {CHANGED}")
 
 
-BUFFER = memoryview(bytearray(1 << 20))
 File = tuple[bytes | LargeFile, os.stat_result]
 
 
@@ -369,12 +388,18 @@ class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
         # The checksum counts itself as spaces; what name and size add comes with each member.
         self.checksum = sum(header[100:124] + header[135:148] + b" " * 8 + header[156:])
         self.parts: list[bytes] = []  # what is to be written next
-        self.pending = 0  # bytes in parts
+        self.pending = 0  # bytes in parts, about
+        self.buffer = memoryview(bytearray(COPY_SIZE))
         self.offset = 0  # bytes written
         self.sent = 0  # bytes of them on their way to the disk
 
+    def fill_header(self, name: bytes, digits: bytes) -> bytes:
+        """Return the header of a member, given its name and the octal digits of its size."""
+        checksum = self.checksum + sum(name) + sum(digits)
+        return self.template % (name.ljust(100, b"\0"), digits, checksum)
+
     def make_header(self, name: str, size: int) -> bytes:
-        """Return the header that tarfile makes for a member."""
+        """Return the header that tarfile makes for a member; here for what the template lacks."""
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.uname, info.gname = size, self.mode, self.user, self.group
         return info.tobuf(self.tarstream.format, self.tarstream.encoding, self.tarstream.errors)
@@ -388,30 +413,25 @@ class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
             if field[0] == "_":
                 continue
             data = sample[field]
-            if isinstance(data, memoryview):
-                data = data.tobytes()
-            whole = isinstance(data, (bytes, bytearray))
+            if isinstance(data, (bytearray, memoryview)):
+                data = bytes(data)  # whose owner may change it before it is written
+            whole = isinstance(data, bytes)
             size = len(data) if whole else data.size
             member, digits = f"{key}.{field}", b"%011o" % size
             if len(member) <= 100 and len(digits) == 11 and member.isascii():
-                name = member.encode()
-                checksum = self.checksum + sum(name) + sum(digits)
-                self.parts.append(self.template % (name.ljust(100, b"\0"), digits, checksum))
+                self.parts.append(self.fill_header(member.encode(), digits))
             else:
                 self.parts.append(self.make_header(member, size))
-            self.pending += len(self.parts[-1])
             if whole:
                 self.parts.append(data)
                 self.pending += size
             else:
-                if self.pending > WRITE_SIZE:
-                    self.flush()
-                data.copy_to(self.put, b"".join(self.parts))
-                self.parts.clear()
-                self.pending = 0
+                self.flush()
+                for piece in data.pieces(self.buffer):
+                    self.put(piece)
             self.parts.append(PADDING[-size % 512])
-            self.pending += -size % 512
             total += size
+            self.pending += 1024  # about what header and padding take
             if self.pending > WRITE_SIZE:
                 self.flush()
         return total
@@ -448,7 +468,7 @@ class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
                 self.stream.write(self.make_header("unfinished", 512))  # whose data never comes
 
 
-def read_file(path: str, source_fd: int, whole_size: int = WHOLE_SIZE) -> File:
+def read_file(path: str, source_fd: int, whole_size: int) -> File:
     """Return the content of a source file (or, where it is large, the open file) and its status.
 
     Raises:
@@ -473,34 +493,25 @@ def read_file(path: str, source_fd: int, whole_size: int = WHOLE_SIZE) -> File:
         os.close(fd)
 
 
-def read_files(paths: Iterator[str], source_fd: int) -> Generator[File, None, None]:
-    """Yield what `read_file` gives for each path, in order; read ahead where files open slowly."""
-    slow = 0
-    for path in paths:
-        start = time.perf_counter()
-        file = read_file(path, source_fd)
-        if time.perf_counter() - start > SLOW_READ + file[1].st_size / SLOW_RATE:
-            slow += 1
-        elif slow:
-            slow -= 1
-        yield file
-        if slow == SLOW_READS:
-            yield from read_ahead(paths, source_fd)
-
-
-def read_batch(source_fd: int, paths: Sequence[str]) -> list[File]:
+def read_batch(source_fd: int, whole_size: int, paths: Sequence[str]) -> list[File]:
     """Return what `read_file` gives for each path."""
-    return [read_file(path, source_fd, AHEAD_SIZE) for path in paths]
+    return [read_file(path, source_fd, whole_size) for path in paths]
 
 
-def read_ahead(paths: Iterator[str], source_fd: int) -> Iterator[File]:
-    """Yield what `read_file` gives for each path, in order, while threads read the next ones.
+def read_files(paths: Iterator[str], source_fd: int) -> Generator[File, None, None]:
+    """Yield what `read_file` gives for each path, in order; read ahead once files open slowly.
 
     Many reads at a time hide the latency of NFS, Lustre or a cloud disk; on a fast disk, threads
     cost two to three times what they save.
     """
     batches = iter(lambda: list(islice(paths, READ_BATCH)), [])
-    read = functools.partial(read_batch, source_fd)
+    slow = 0
+    while slow < SLOW_BATCHES and (batch := next(batches, None)):
+        start = time.perf_counter()
+        files = read_batch(source_fd, WHOLE_SIZE, batch)
+        slow = max(0, slow + (1 if time.perf_counter() - start > SLOW_READ * READ_BATCH else -1))
+        yield from files
+    read = functools.partial(read_batch, source_fd, AHEAD_SIZE)
     for files in in_order(ThreadPoolExecutor(READ_THREADS), read, batches, READ_BATCHES):
         yield from files
 
@@ -544,11 +555,11 @@ def write_samples(
     try:
         with FastTarWriter(stream) as sink:
             for sample in samples:
-                data = {}
+                data: dict[str, Any] = {"__key__": sample_key(sample)}
                 for field in fields:
                     data[field], status = next(files)
                     seen.update(stamp(status))
-                sink.write({"__key__": sample_key(sample), **data})
+                sink.write(data)
                 if progress:
                     progress(1)
     except OSError as error:
@@ -597,16 +608,14 @@ def create_webdataset(
     # No reader globs this name, and no two attempts at the same shard share it.
     partial = os.path.join(output, f".shard-{shard_id:06d}-{secrets.token_hex(4)}")
     try:
-        with open(partial, "xb", buffering=0) as stream:
+        with naming(partial), open(partial, "xb", buffering=0) as stream:
             seen = write_samples(stream, source, samples, fields, progress)
             os.fsync(stream.fileno())
             status = os.fstat(stream.fileno())
         os.rename(partial, os.path.join(output, shard_name(shard_id)))
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(partial)
-        if isinstance(error, OSError) and not error.filename:  # a failed write names no file
-            error.filename = partial
         raise
     seen.update(b"%d" % status.st_ino)
     return Shard(shard_id, len(samples), status.st_size, seen.hexdigest())
@@ -619,6 +628,12 @@ MARKER = "publishing"  # stands in that folder while its shards replace the prev
 LOCK = ".webdataset.lock"
 PLAN = "run.json"
 PROOFS = "proofs-"
+RESUMED = {  # what must be the same in a run that goes on with the shards of another
+    "source": "--source",
+    "fields": "--fields",
+    "total_shards": "number of shards",
+    "samples": "samples, or --shuffle",
+}
 INTERRUPTED = "publishing was interrupted; run the same command again"
 
 
@@ -684,13 +699,9 @@ def start_run(run: Run, resume: bool) -> int:
             shutil.rmtree(old)
     os.makedirs(run.staging, exist_ok=True)
     plan = os.path.join(run.staging, PLAN)
-    try:
-        with open(plan, "w", encoding="utf-8") as stream:
-            json.dump(run, stream)
-            os.fsync(stream.fileno())
-    except OSError as error:
-        error.filename = plan  # a failed write names no file
-        raise
+    with naming(plan), open(plan, "w", encoding="utf-8") as stream:
+        json.dump(run, stream)
+        os.fsync(stream.fileno())
     return lock
 
 
@@ -699,7 +710,8 @@ def load_run(staging: str) -> Run:
     plan = os.path.join(staging, PLAN)
     try:
         with open(plan, encoding="utf-8") as stream:
-            return Run(staging, *json.load(stream)[1:])
+            run = Run(staging, *json.load(stream)[1:])
+            return run._replace(fields=tuple(run.fields))
     except (ValueError, TypeError):
         raise Failed(f"{plan!r} is damaged; remove its folder") from None
 
@@ -758,16 +770,7 @@ def same_run(old: str, run: Run) -> bool:
         before = load_run(old)
     except (OSError, Failed):
         return False  # it ended before it packed anything
-    differs = [
-        what
-        for what, was, now in (
-            ("--source", before.source, run.source),
-            ("--fields", tuple(before.fields), tuple(run.fields)),
-            ("number of shards", before.total_shards, run.total_shards),
-            ("samples, or --shuffle", before.samples, run.samples),
-        )
-        if was != now
-    ]
+    differs = [RESUMED[name] for name in RESUMED if getattr(before, name) != getattr(run, name)]
     if differs:
         print(f"not resumed but packed afresh: other {', '.join(differs)}", file=sys.stderr)
     return not differs
@@ -785,15 +788,8 @@ def pack_directly(
     run: Run, shard_id: int, samples: Sequence[str], progress: Progress | None = None
 ) -> Shard:
     """Pack one shard of a run, given its samples, into the folder of the run."""
-    return create_webdataset(
-        run.source,
-        run.staging,
-        shard_id,
-        run.total_shards,
-        run.fields,
-        samples=samples,
-        progress=progress,
-    )
+    where = run.source, run.staging, shard_id, run.total_shards, run.fields
+    return create_webdataset(*where, samples=samples, progress=progress)
 
 
 def pack_shard(
@@ -842,17 +838,14 @@ def finish_run(run: Run) -> str:
     Raises:
         Failed: shards are missing; the previous dataset is untouched.
     """
-    sizes, missing = [], []
-    for shard_id in range(run.total_shards):
-        try:
-            sizes.append(os.stat(os.path.join(run.staging, shard_name(shard_id))).st_size)
-        except FileNotFoundError:
-            missing.append(str(shard_id))
+    paths = [os.path.join(run.staging, shard_name(number)) for number in range(run.total_shards)]
+    missing = [str(number) for number, path in enumerate(paths) if not os.path.exists(path)]
     if missing:
         raise Failed(
             f"not packed: shards {', '.join(missing)}; the previous dataset is untouched; "
             "run again with --resume to pack just these"
         )
+    sizes = [os.stat(path).st_size for path in paths]
     # To stop now would leave neither the old dataset nor the new one.
     stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_IGN) for number in stopping]
@@ -875,10 +868,8 @@ def publish_shards(staging: str, total_shards: int) -> None:
     output = os.path.dirname(staging)
     for shard_id in range(total_shards):
         with contextlib.suppress(FileNotFoundError):
-            os.rename(
-                os.path.join(staging, shard_name(shard_id)),
-                os.path.join(output, shard_name(shard_id)),
-            )
+            name = shard_name(shard_id)
+            os.rename(os.path.join(staging, name), os.path.join(output, name))
     for name in os.listdir(output):
         match = SHARD_PATTERN.fullmatch(name)
         if match and int(match[1]) >= total_shards:  # of an earlier, larger dataset
@@ -900,38 +891,45 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 # ---------------------------------------------------------------- command line
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+USAGE = "create_webdataset.py --source DIR --output DIR --shard-id I --total-shards N [options]"
+EXAMPLES = """examples:
+  python create_webdataset.py --source raw --output out --shard-id 0 --total-shards 4
+  python create_webdataset.py --source raw --output out --shard-id 0 --total-shards 64 \\
+      --shard-step 8
+"""
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the source") -> None:
     """Add the flags that say what a source is, and mean the same in every script."""
-    parser.add_argument("--source", metavar="DIR", help="folder of the raw files")
-    parser.add_argument("--fields", default="jpg,txt", help="fields of a sample (default: jpg,txt)")
-    parser.add_argument("--skip-incomplete", action="store_true", help="drop incomplete samples")
-    parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle before sharding")
+    add = parser.add_argument_group(title).add_argument
+    add("--source", metavar="DIR", help="folder of the raw files, listed recursively")
+    add(
+        "--fields", metavar="A,B", default="jpg,txt", help="a sample's files (default: %(default)s)"
+    )
+    add("--skip-incomplete", action="store_true", help="drop samples that lack a field")
+    add("--shuffle", metavar="SEED", type=int, help="shuffle before sharding")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where the shards go, and mean the same in every packer."""
+    add = parser.add_argument_group("the output").add_argument
+    add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
+    add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = Parser(description="Pack one shard (or every K-th) of a folder of samples.")
+    parser = Parser(USAGE, "Pack one shard (or every K-th) of a folder of samples.", EXAMPLES)
     add_source_arguments(parser)
-    parser.add_argument("--output", metavar="DIR", help="folder for the shards")
-    parser.add_argument("--shard-id", type=int, metavar="I", help="the shard to pack, from 0")
-    parser.add_argument("--total-shards", type=int, metavar="N", help="number of shards")
-    parser.add_argument("--shard-step", type=int, metavar="K", help="pack shards I, I+K, I+2K, ...")
-    steps = parser.add_argument_group("steps of a driver, before and after its workers")
-    steps.add_argument(
-        "--resume", action="store_true", help="keep what an interrupted run finished"
-    )
-    steps.add_argument(
-        "--start",
-        nargs=argparse.REMAINDER,
-        metavar="COMMAND",
-        help="check, lock and stage a run, then become COMMAND STAGING",
-    )
-    steps.add_argument(
-        "--run", metavar="STAGING", help="pack shards of the run that is staged there"
-    )
-    steps.add_argument(
-        "--publish", metavar="STAGING", help="put a run's shards in their final place"
-    )
+    add_output_arguments(parser)
+    add = parser.add_argument_group("the shards").add_argument
+    add("--shard-id", metavar="I", type=int, help="the shard to pack, from 0")
+    add("--total-shards", metavar="N", type=int, help="number of shards")
+    add("--shard-step", metavar="K", type=int, help="pack shards I, I+K, I+2K, ...")
+    add = parser.add_argument_group("steps of a driver, before and after its workers").add_argument
+    add("--start", metavar="COMMAND", nargs=argparse.REMAINDER, help="lock, stage, become COMMAND")
+    add("--run", metavar="STAGING", help="pack shards of the run that is staged there")
+    add("--publish", metavar="STAGING", help="put a run's shards in their final place")
     return parser
 
 
@@ -944,30 +942,33 @@ def pack_shards(args: argparse.Namespace) -> int:
     run = load_run(args.run) if args.run else plan_run(args)
     check_shards(run.total_shards, len(run.samples), args.shard_id)
     shard_ids = range(args.shard_id, run.total_shards, args.shard_step or run.total_shards)
+    pack = functools.partial(pack_shard, run)
     if not args.run:
-        run = run._replace(staging=os.path.dirname(run.staging))
-        os.makedirs(run.staging, exist_ok=True)
-        if interrupted_publishing(run.staging):
+        output = os.path.dirname(run.staging)
+        os.makedirs(output, exist_ok=True)
+        if interrupted_publishing(output):
             raise Failed(INTERRUPTED)
-        remove_partials(run.staging, shard_ids)
-    pack = pack_shard if args.run else pack_directly
-    todo = sum(len(run.shard_samples(shard_id)) for shard_id in shard_ids)
-    driver, failed = os.getppid(), 0
-    with tqdm(total=todo, unit=" samples", position=args.shard_id, disable=None) as bar:
+        remove_partials(output, shard_ids)
+        pack = functools.partial(pack_directly, run._replace(staging=output))
+    driver, failed = os.getppid(), False
+    total = sum(len(run.shard_samples(shard_id)) for shard_id in shard_ids)
+    with tqdm(total=total, unit=" samples", position=args.shard_id, disable=None) as bar:
         for shard_id in shard_ids:
             if args.run and os.getppid() != driver:
                 raise Failed("the driver is gone, so its workers stop")
             try:
-                shard = pack(run, shard_id, run.shard_samples(shard_id), bar.update)
+                line = report(pack(shard_id, run.shard_samples(shard_id), bar.update))
+                stream = sys.stdout
             except (Failed, OSError) as error:
-                failed += 1
-                with bar.external_write_mode():
-                    print(f"Shard {shard_id} failed: {explain(error)}\n", end="", file=sys.stderr)
-                continue
+                line, stream, failed = (
+                    f"Shard {shard_id} failed: {explain(error)}",
+                    sys.stderr,
+                    True,
+                )
             with bar.external_write_mode():  # one write a line: other workers write, too
-                print(report(shard) + "\n", end="", flush=True)
+                print(line + "\n", end="", file=stream, flush=True)
     if not args.run:
-        sync_folder(run.staging)
+        sync_folder(output)
     return 1 if failed else 0
 
 

@@ -16,23 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
-from create_webdataset import (
-    INSTALL,
-    Failed,
-    Parser,
-    Refused,
-    Run,
-    Shard,
-    add_source_arguments,
-    explain,
-    finish_run,
-    one_line_errors,
-    pack_shard,
-    plan_run,
-    report,
-    sample_files,
-    start_run,
-)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run to end: no traceback
+import create_webdataset as core
+from create_webdataset import Failed, Refused, Run, Shard
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported
 try:
@@ -40,7 +27,7 @@ try:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing.name} {INSTALL}")
+    sys.exit(f"error: {missing.name} {core.INSTALL}")
 
 HERE = Path(__file__).resolve().parent
 RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
@@ -52,20 +39,25 @@ class Hiccup(Exception):
     """An error of the storage that may be gone at the next attempt."""
 
 
+USAGE = "create_with_ray.py [options]"
+DEFAULTS = "Unless told otherwise, from source_data to webdataset_output beside this script."
+EXAMPLES = """examples:
+  python create_with_ray.py --source raw --output out --num-workers 8 --num-shards 64
+  python create_with_ray.py --source /shared/raw --output /shared/out --num-shards 1000 \\
+      --address 10.0.0.1:6379
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = Parser(description=__doc__)
-    add_source_arguments(parser)
-    parser.add_argument("--output", metavar="DIR", help="folder for the shards")
+    parser = core.Parser(USAGE, f"{__doc__}\n{DEFAULTS}", EXAMPLES)
+    core.add_source_arguments(parser)
+    core.add_output_arguments(parser)
     parser.set_defaults(source=HERE / "source_data", output=HERE / "webdataset_output")
-    parser.add_argument(
-        "--address", metavar="auto|HOST:PORT", help="an existing cluster (default: a local one)"
-    )
-    parser.add_argument(
-        "--num-workers", type=int, metavar="N", help="tasks at a time (default: 4, or all CPUs)"
-    )
-    parser.add_argument("--num-shards", type=int, metavar="N", help="shards (default: as workers)")
-    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run did")
+    add = parser.add_argument_group("the work").add_argument
+    add("--num-workers", metavar="N", type=int, help="tasks at a time (default: 4, or all CPUs)")
+    add("--num-shards", metavar="N", type=int, help="shards (default: as many as workers)")
+    add("--address", metavar="A", help="an existing cluster: auto or HOST:PORT (default: none)")
     return parser
 
 
@@ -112,7 +104,7 @@ def probe_node(run: Run, path: str) -> bool:
 def check_nodes(run: Run) -> None:
     """Refuse paths that are not the same on every node of the cluster, before any work."""
     Path(run.staging, PROBE).write_text(run.staging, encoding="utf-8")
-    path = sample_files(run.samples[0], run.fields)[0]
+    path = core.sample_files(run.samples[0], run.fields)[0]
     frame = run._replace(samples=())
     answers = {}
     for node in ray.nodes():
@@ -136,10 +128,10 @@ def pack_on_node(run: Run, shard_id: int, samples: Sequence[str]) -> Shard:
         Failed: anything else; to try again would not help.
     """
     try:
-        return pack_shard(run, shard_id, samples)
+        return core.pack_shard(run, shard_id, samples)
     except (Failed, OSError) as error:
         kind = Hiccup if getattr(error, "errno", None) in HICCUPS else Failed
-        raise kind(f"{explain(error)} (on node {ray.util.get_node_ip_address()})") from None
+        raise kind(f"{core.explain(error)} (on node {ray.util.get_node_ip_address()})") from None
 
 
 def pack_all(
@@ -191,7 +183,7 @@ def handle_signals() -> None:
         signal.signal(number, stop)
 
 
-@one_line_errors
+@core.one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
@@ -202,10 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--address needs --num-shards, so that the shards do not depend on the cluster"
         )
     args.total_shards = args.num_shards if args.num_shards is not None else args.num_workers or 4
-    run = plan_run(args)
+    run = core.plan_run(args)
     if args.address and args.address != "auto":
         check_address(args.address)
-    start_run(run, args.resume)
+    core.start_run(run, args.resume)
     try:
         handle_signals()
         num_workers = connect(args.address, args.num_workers)
@@ -221,14 +213,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.update(outcome.samples if isinstance(outcome, Shard) else 0)
                 with bar.external_write_mode():
                     if isinstance(outcome, Shard):
-                        print(report(outcome), flush=True)
+                        print(core.report(outcome), flush=True)
                     else:
-                        print(f"Shard {shard_id} failed: {explain(outcome)}", file=sys.stderr)
+                        print(f"Shard {shard_id} failed: {core.explain(outcome)}", file=sys.stderr)
     finally:
         ray.shutdown()
         if stopped_by:  # a blocking call of Ray makes any exit an exit with code 1
             sys.exit(128 + stopped_by[0])
-    summary = finish_run(run)
+    summary = core.finish_run(run)
     print(f"All shards created successfully with Ray.\n{summary}")
     return 0
 

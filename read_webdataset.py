@@ -20,25 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
-from create_webdataset import (
-    INSTALL,
-    INTERRUPTED,
-    SHARD_PATTERN,
-    Failed,
-    Parser,
-    Refused,
-    add_source_arguments,
-    explain,
-    in_order,
-    interrupted_publishing,
-    list_samples,
-    one_line_errors,
-    parse_fields,
-    sample_files,
-    sample_key,
-    shard_name,
-    write_samples,
-)
+import create_webdataset as core
+from create_webdataset import Failed, Refused
 
 try:
     import webdataset as wds
@@ -46,7 +29,7 @@ try:
     from tqdm import tqdm
     from webdataset.tariterators import base_plus_ext
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing.name} {INSTALL}")
+    sys.exit(f"error: {missing.name} {core.INSTALL}")
 
 IMAGE_FIELDS = {"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
 # Formats that Pillow decodes itself: for some others (EPS) it runs programs.
@@ -68,13 +51,13 @@ def find_shards(path: str, faults: Faults) -> list[str]:
     """
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        if interrupted_publishing(path):
-            raise Failed(f"{path!r}: {INTERRUPTED}")
+        if core.interrupted_publishing(path):
+            raise Failed(f"{path!r}: {core.INTERRUPTED}")
     except OSError as error:
-        raise Refused(f"--path: {explain(error)}") from None
+        raise Refused(f"--path: {core.explain(error)}") from None
     names = []
     for entry in entries:
-        if SHARD_PATTERN.fullmatch(entry.name):
+        if core.SHARD_PATTERN.fullmatch(entry.name):
             if entry.is_file():
                 names.append(entry.name)
             else:
@@ -109,7 +92,11 @@ def plain_dataset(shards: Sequence[str], **options: Any) -> wds.WebDataset:
 # ---------------------------------------------------------------- checking one shard
 
 Faults = defaultdict[str, list[str]]  # what is wrong -> where
-BLOCK = 512
+BLOCK = tarfile.BLOCKSIZE
+PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
+EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)  # these say more about the next member
+OCTAL = re.compile(rb"[0-7]{11}")
+TEMPLATE = core.FastTarWriter(io.BytesIO())  # for the headers that nearly all members have
 # How readers recognise gzip, bzip2, xz, lzma and zstd (getcomptype of Python's tarfile).
 COMPRESSED = re.compile(
     rb"\x1f\x8b\x08|BZh.1AY&SY|\xfd7zXZ|\x5d\0\0\x80|\x28\xb5\x2f\xfd", re.DOTALL
@@ -142,23 +129,6 @@ class Report(NamedTuple):
     sound: bool  # webdataset can read it
 
 
-def read_number(field: bytes) -> int:
-    """Return a number of a tar header: octal digits, or big-endian after a byte 0x80 (GNU)."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    digits = field.split(b"\0")[0].strip()
-    if not re.fullmatch(b"[0-7]*", digits):
-        raise Damaged("bad number in a header")
-    return int(digits or b"0", 8)
-
-
-@functools.lru_cache(maxsize=1_024)
-def check_numbers(fields: bytes) -> None:
-    """Refuse a header whose mode, owner, group, time or device is no number: readers stop there."""
-    for start, end in ((0, 8), (8, 16), (16, 24), (24, 36), (36, 44), (44, 52)):
-        read_number(fields[start:end])
-
-
 def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
     """Yield (name, size) of each member, with the stream at its content.
 
@@ -166,78 +136,65 @@ def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
     names (https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html, "ustar Interchange
     Format"). All else is refused, where readers would guess, skip it, or stop early in silence.
     """
-    extended: dict[str, str] = {}
-    offset = 0
     if COMPRESSED.match(stream.read(BLOCK)):
         raise Damaged("compressed, or readers take it for that")
+    offset, extended = 0, b""
     while True:
         stream.seek(offset)
+        if stream.read(-offset % BLOCK).strip(b"\0"):
+            raise Damaged(f"bytes other than zero behind the member that ends at {offset:,}")
+        offset += -offset % BLOCK
         header = stream.read(BLOCK)
         if len(header) < BLOCK:
             raise Damaged("cut short: the end-of-archive blocks are missing")
-        if not header[0] and not any(header):
+        if not header[0] and not header.strip(b"\0"):
             break
-        checksum = sum(header) - sum(header[148:156]) + 8 * 0x20
-        if read_number(header[148:156]) != checksum:
-            raise Damaged(f"no tar header at byte {offset:,}: damaged, compressed or no tar at all")
-        check_numbers(header[100:124] + header[136:148] + header[329:345])
-        kind, size = header[156:157], read_number(header[124:136])
-        size = int(extended["size"]) if kind in b"0\0" and "size" in extended else size
-        if offset + BLOCK + size > end:
+        kind, name, size = read_header(header, extended, offset)
+        if not 0 <= size <= end - offset - BLOCK:
             raise Damaged(f"cut short: the member at byte {offset:,} is not whole")
-        if kind in (b"x", b"L"):
-            if size > MAX_NAME or extended:
+        if kind in EXTENDED:
+            if extended or size > MAX_NAME:
                 raise Damaged(f"extended header of {size:,} bytes, or two in a row")
-            extended = read_extended(kind, stream.read(size))
-        elif kind in (b"0", b"\0"):
-            name, prefix = (header[a:b].split(b"\0")[0] for a, b in ((0, 100), (345, 500)))
-            whole = prefix + b"/" + name if prefix else name
-            if name.endswith(b"/"):
-                raise Damaged(f"a folder's name on a file, at byte {offset:,}")
-            yield extended.get("path") or whole.decode("utf-8", "surrogateescape"), size
-            extended = {}
-        elif kind == b"5" and not size:  # a folder, which readers skip and lose nothing
-            extended = {}
+            extended = header + stream.read(size + -size % BLOCK)
         else:
-            raise Damaged(f"member of type {kind!r}, which is no plain file, at byte {offset:,}")
+            extended = b""
+            if kind in PLAIN:
+                yield name, size
         offset += BLOCK + size
-        if size % BLOCK:
-            stream.seek(offset)
-            if any(stream.read(BLOCK - size % BLOCK)):
-                raise Damaged(f"bytes other than zero behind the member that ends at {offset:,}")
-            offset += BLOCK - size % BLOCK
     stream.seek(offset)
     if end - offset < 2 * BLOCK or extended:
         raise Damaged("cut short: the second end-of-archive block, or a member, is missing")
     while rest := stream.read(1 << 20):
-        if any(rest):
+        if rest.strip(b"\0"):
             raise Damaged("trailing garbage behind the end of the archive")
 
 
-def read_extended(kind: bytes, data: bytes) -> dict[str, str]:
-    """Return what a pax header ("27 path=...\\n") or a GNU long name says about the next member."""
-    values: dict[str, str] = {}
-    if kind == b"L":
-        values["path"], data = data.split(b"\0")[0].decode("utf-8", "surrogateescape"), b""
-    while data:
-        match = re.match(rb"(\d{1,9}) ([^=]+)=", data)
-        length = int(match[1]) if match else 0
-        if not match or not match.end() < length <= len(data) or data[length - 1] != 0x0A:
-            raise Damaged("bad extended header")
-        try:
-            name, value = match[2].decode(), data[match.end() : length - 1]
-            value.decode()
-        except UnicodeDecodeError:
-            raise Damaged("extended header that is not UTF-8") from None
-        if name.startswith("GNU.sparse") or (
-            name == "size" and not re.fullmatch(rb"\d{1,19}", value)
-        ):
-            raise Damaged(f"extended header {name!r}")
-        values[name] = value.decode()
-        data = data[length:]
-    if not values.get("path", "path") or not values:
-        raise Damaged("empty extended header")
-    return values
+def read_header(header: bytes, extended: bytes, offset: int) -> tuple[bytes, str, int]:
+    """Return type, name and size of a member, as tarfile, and so webdataset, reads them.
+
+    Args:
+        header: its 512 bytes.
+        extended: the pax header or GNU long name in front of it, whole, or nothing.
+        offset: where in the archive it is, for messages.
+    """
+    name, digits = header[:100].rstrip(b"\0"), header[124:135]
+    plain = OCTAL.fullmatch(digits) and name and b"\0" not in name and name[-1:] != b"/"
+    if plain and not extended and header == TEMPLATE.fill_header(name, digits):
+        return b"0", name.decode("utf-8", "surrogateescape"), int(digits, 8)
+    where = f"at byte {offset:,}"
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        if extended and b"GNU.sparse" not in extended:
+            with tarfile.open(fileobj=io.BytesIO(extended + header), mode="r:") as tar:
+                info = tar.next() or info
+    except Exception as error:  # tarfile raises nearly anything on hostile headers
+        raise Damaged(f"no tar header {where}: damaged, compressed or no tar at all") from error
+    kind, size = info.type, info.size
+    if kind not in (*PLAIN, *EXTENDED, tarfile.DIRTYPE) or b"GNU.sparse" in extended:
+        raise Damaged(f"member of type {kind!r}, which is no plain file, {where}")
+    if kind == tarfile.DIRTYPE and (size or header[156:157] != kind):
+        raise Damaged(f"a folder's name on a file, or a folder with content, {where}")
+    return kind, info.name, size
 
 
 class Comparison(io.BytesIO):
@@ -256,13 +213,13 @@ class Comparison(io.BytesIO):
 
 def check_shard(task: Task) -> Report:
     """Check one shard; a shard that is, byte for byte, what it must be is not looked at twice."""
-    with open(task.path, "rb") as stream:
+    with open(task.path, "rb", buffering=1 << 16) as stream:
         size = os.fstat(stream.fileno()).st_size
         if task.samples is not None and not task.decode:
             try:
-                write_samples(Comparison(stream), task.source, task.samples, task.fields)
+                core.write_samples(Comparison(stream), task.source, task.samples, task.fields)
                 if not stream.read(1):
-                    fields = {tuple(task.fields): sample_key(task.samples[0])}
+                    fields = {tuple(task.fields): core.sample_key(task.samples[0])}
                     return Report(task.path, size, (), len(task.samples), fields, (), True)
             except Damaged:
                 stream.seek(0)
@@ -274,7 +231,7 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
     faults: list[tuple[str, str]] = []
     keys: list[str] = []
     fields: dict[tuple[str, ...], str] = {}
-    expected = {sample_key(sample): sample for sample in task.samples or ()}
+    expected = {core.sample_key(sample): sample for sample in task.samples or ()}
     current: set[str] = set()
     seen: set[str] = set()
 
@@ -303,9 +260,9 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
             if field.lower() in current:
                 raise Damaged(f"field {field!r} occurs twice in sample {key!r}")
             current.add(field.lower())
-            faults.extend(
-                check_content(task, expected.get(key), key, field.lower(), stream, length)
-            )
+            if expected or task.decode:
+                sample = expected.get(key)
+                faults.extend(check_content(task, sample, key, field.lower(), stream, length))
         sound = True
         if not keys:
             faults.append(("empty shard", os.path.basename(task.path)))
@@ -320,7 +277,7 @@ def check_content(
 ) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with the content of a member, compared with its file and with Pillow."""
     if sample is not None and field in task.fields:
-        path = sample_files(sample, task.fields)[list(task.fields).index(field)]
+        path = core.sample_files(sample, task.fields)[list(task.fields).index(field)]
         with open(os.path.join(task.source, path), "rb") as file:
             start = stream.tell()
             pieces = iter(lambda: file.read(1 << 20), b"")
@@ -353,25 +310,23 @@ def check_dataset(
     path: str, names: Sequence[str], args: argparse.Namespace, faults: Faults
 ) -> list[Report]:
     """Check every shard, in `--num-workers` processes, and what only shows across shards."""
-    fields = parse_fields(args.fields)
+    fields = core.parse_fields(args.fields)
     listed: Sequence[str] | None = None
     if args.source is not None:
-        listed = list_samples(args.source, fields, args.skip_incomplete, args.shuffle).samples
+        listed = core.list_samples(args.source, fields, args.skip_incomplete, args.shuffle).samples
     total = count_shards(path, names, listed)
     tasks = (
-        Task(os.path.join(path, name), args.decode)
-        if listed is None
-        else Task(
+        Task(
             os.path.join(path, name),
             args.decode,
             args.source,
             fields,
-            listed[shard_id(name) :: total],
+            None if listed is None else listed[shard_id(name) :: total],
         )
         for name in names
     )
     for number in sorted(set(range(total)) - {shard_id(name) for name in names}):
-        faults["missing shard"].append(shard_name(number))
+        faults["missing shard"].append(core.shard_name(number))
     reports: list[Report] = []
     with tqdm(total=len(names), unit=" shards", disable=None) as bar:
         for report in check_shards_of(tasks, min(args.num_workers, len(names))):
@@ -389,12 +344,12 @@ def check_shards_of(tasks: Iterator[Task], num_workers: int) -> Iterator[Report]
         return map(check_shard, tasks)
     ignore_interrupt = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(num_workers, initializer=ignore_interrupt)
-    return in_order(pool, check_shard, tasks, 2 * num_workers)
+    return core.in_order(pool, check_shard, tasks, 2 * num_workers)
 
 
 def shard_id(name: str) -> int:
     """Return the number of a shard from its name or path."""
-    return int(SHARD_PATTERN.sub(r"\1", os.path.basename(name)))
+    return int(core.SHARD_PATTERN.sub(r"\1", os.path.basename(name)))
 
 
 def count_shards(path: str, names: Sequence[str], listed: Sequence[str] | None) -> int:
@@ -414,7 +369,7 @@ def count_shards(path: str, names: Sequence[str], listed: Sequence[str] | None) 
                 keys.append(key)
             if len(keys) == 2:
                 break
-    places = [place for place, sample in enumerate(listed) if sample_key(sample) in keys]
+    places = [place for place, sample in enumerate(listed) if core.sample_key(sample) in keys]
     return max(total, places[1] - places[0]) if len(places) == 2 else total
 
 
@@ -440,27 +395,23 @@ def compare_shards(
         return
     proved = {shard_id(report.path) for report in reports if report.samples and not report.keys}
     for place, sample in enumerate(listed):
-        key, home = sample_key(sample), place % total
+        key, home = core.sample_key(sample), place % total
         found = places.pop(key, None)
         if found is None and home not in proved:
-            faults["missing sample"].append(f"{key!r} of {shard_name(home)}")
+            faults["missing sample"].append(f"{key!r} of {core.shard_name(home)}")
         elif found is not None and home in proved:
-            faults["key in two shards"].append(f"{key!r} in {shard_name(home)} and {found}")
-        elif found is not None and found != shard_name(home):
+            faults["key in two shards"].append(f"{key!r} in {core.shard_name(home)} and {found}")
+        elif found is not None and found != core.shard_name(home):
             faults["sample in the wrong shard"].append(
-                f"{key!r} is in {found}, not {shard_name(home)}"
+                f"{key!r} is in {found}, not {core.shard_name(home)}"
             )
     for key, name in places.items():
         faults["extra sample, not in the source"].append(f"{key!r} in {name}")
 
 
-def stat_shard(path: str) -> tuple[int, int, int] | None:
-    """Return what tells a shard from one that took its place, or None where there is none."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def identify(paths: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Return what tells these shards from others that take their places."""
+    return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)]
 
 
 def print_faults(faults: Faults) -> None:
@@ -630,22 +581,29 @@ def open_webdataset(
 # ---------------------------------------------------------------- command line
 
 
+USAGE = "read_webdataset.py --path DIR [options]"
+EXAMPLES = """examples:
+  python read_webdataset.py --path webdataset_output --limit 3
+  python read_webdataset.py --path webdataset_output --source source_data --quiet --num-workers 8
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = Parser(description=__doc__)
+    parser = core.Parser(USAGE, __doc__ or "", EXAMPLES)
     parser.add_argument("--path", required=True, metavar="DIR", help="folder of the shards")
-    parser.add_argument("--limit", type=int, metavar="N", help="show the first N samples alone")
-    parser.add_argument("--quiet", action="store_true", help="print the summary alone")
-    parser.add_argument("--preview", metavar="FILE", help="draw the first samples (default: 16)")
-    parser.add_argument("--decode", action="store_true", help="decode every image in full")
-    parser.add_argument(
-        "--num-workers", type=int, default=1, metavar="N", help="processes that check (default: 1)"
-    )
-    add_source_arguments(parser)
+    add = parser.add_argument_group("what to show").add_argument
+    add("--limit", metavar="N", type=int, help="show the first N samples (default: all)")
+    add("--quiet", action="store_true", help="print the summary alone")
+    add("--preview", metavar="FILE", help="draw the first samples (--limit, or 16) of all shards")
+    add = parser.add_argument_group("what to check").add_argument
+    add("--decode", action="store_true", help="decode every image in full")
+    add("--num-workers", metavar="N", type=int, default=1, help="processes (default: %(default)s)")
+    core.add_source_arguments(parser, "the source to prove the shards against, if any")
     return parser
 
 
-@one_line_errors
+@core.one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
@@ -653,17 +611,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Refused("--num-workers is a number from 1, --limit one from 0")
     faults: Faults = defaultdict(list)
     names = find_shards(args.path, faults)
-    before = [stat_shard(os.path.join(args.path, name)) for name in names]
+    paths = [os.path.join(args.path, name) for name in names]
+    before = identify(paths)
     reports = check_dataset(args.path, names, args, faults)
     sound = [report.path for report in reports if report.sound]
     try:
         for number, sample in enumerate(read_samples([] if args.quiet else sound, args.limit)):
             print_sample(number, sample)
     except (tarfile.TarError, ValueError) as error:
-        raise Failed(f"webdataset cannot read a shard: {explain(error)}") from None
+        raise Failed(f"webdataset cannot read a shard: {core.explain(error)}") from None
     if args.preview is not None:
         draw_preview(sound, 16 if args.limit is None else args.limit, args.preview)
-    if [stat_shard(report.path) for report in reports] != before:
+    if identify(paths) != before:
         raise Failed(f"{args.path!r}: the dataset was replaced while it was read; run again")
     print_faults(faults)
     verdict = "OK" if not faults else f"{sum(map(len, faults.values())):,} faults"

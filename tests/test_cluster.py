@@ -120,7 +120,7 @@ def test_which_errors_are_hiccups(number: int, monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> core.Shard:
         raise OSError(number, os.strerror(number), "name")
 
-    monkeypatch.setattr(create_with_ray, "pack_shard", fail)
+    monkeypatch.setattr(core, "pack_shard", fail)
     expected = core.Failed if number == errno.EACCES else create_with_ray.Hiccup
     with pytest.raises(expected, match=f"'name': {os.strerror(number)}.*on node"):
         create_with_ray.pack_on_node(None, 0, [])
@@ -144,15 +144,16 @@ def test_losing_workers_and_a_node(source, expected, cluster, tmp_path, monkeypa
         return pack_on_node(run, shard_id, samples)
 
     finished: list[str] = []
+    plain_report = core.report
 
     def report(shard: core.Shard) -> str:
-        finished.append(core.report(shard))
+        finished.append(plain_report(shard))
         if len(finished) == 10:
             cluster.remove_node(cluster.list_all_nodes()[-1])
         return finished[-1]
 
     monkeypatch.setattr(create_with_ray, "pack_on_node", dying)
-    monkeypatch.setattr(create_with_ray, "report", report)
+    monkeypatch.setattr(core, "report", report)
     assert pack(source, tmp_path / "o", cluster, "--num-workers=6") == 0, capfd.readouterr().err
     assert len(finished) == SHARDS and len(cluster.list_all_nodes()) == 2
     assert hashes(tmp_path / "o") == expected

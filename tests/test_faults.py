@@ -245,6 +245,19 @@ def test_signals_end_ray_too(sent: signal.Signals, old_and_new, tmp_path: Path) 
     assert not ray_processes(process.pid)
 
 
+@pytest.mark.parametrize("script", ["create_webdataset.py", "create_with_ray.py"])
+def test_interrupted_while_it_imports(script: str, source_1003: Path, tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("needs /proc to see what is imported")
+    process = start(script, "--source", source_1003, "--output", tmp_path, "--total-shards=1")
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "numpy" not in maps.read_text():  # webdataset imports it
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
+
+
 def ray_processes(session: int) -> list[str]:
     """Return the processes that a driver's session has left."""
     done = subprocess.run(["ps", "-o", "args=", "-s", str(session)], capture_output=True, text=True)
