@@ -16,6 +16,7 @@ fi
 
 exec "$python" - "$((10#$count))" "$directory" <<'EOF'
 import colorsys
+import io
 import os
 import signal
 import sys
@@ -26,27 +27,31 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: pillow is not installed; run: pip install -r requirements.txt")
 
+
+def draw(number: int) -> bytes:
+    """Return a JPEG with the number on a colour of its own."""
+    hue = number * 0.618 % 1  # the golden ratio keeps neighbours apart
+    colour = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.6, 0.9))
+    picture, stream = Image.new("RGB", (64, 64), colour), io.BytesIO()
+    ImageDraw.Draw(picture).text((32, 32), str(number), fill="black", anchor="mm")
+    picture.save(stream, "JPEG")
+    return stream.getvalue()
+
+
 count, directory = int(sys.argv[1]), sys.argv[2]
 made = 0
 try:
     os.makedirs(directory, exist_ok=True)
     for number in range(count):
-        base = os.path.join(directory, f"sample-{number}")
-        hue = number * 0.618 % 1  # the golden ratio keeps neighbours apart
-        colour = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.6, 0.9))
-        picture = Image.new("RGB", (64, 64), colour)
-        ImageDraw.Draw(picture).text((32, 32), str(number), fill="black", anchor="mm")
-        for name, save in (
-            (f"{base}.jpg", lambda file: picture.save(file, "JPEG")),
-            (f"{base}.txt", lambda file: file.write(b"This is the description for sample %d.\n" % number)),
-        ):
-            try:
-                with open(name, "xb") as file:
-                    save(file)
+        text = f"This is the description for sample {number}.\n"
+        for field, data in (("jpg", draw(number)), ("txt", text.encode())):
+            path = os.path.join(directory, f"sample-{number}.{field}")
+            if not os.path.lexists(path):
+                with open(path, "xb") as file:
+                    file.write(data)
                 made += 1
-            except FileExistsError:
-                pass
-    print(f"{made:,} files made in {directory}, {2 * count - made:,} were there already", flush=True)
+    there = f"{2 * count - made:,} were there already"
+    print(f"{made:,} files made in {directory}, {there}", flush=True)
 except (OSError, UnicodeError) as error:
     sys.exit(f"make_dummy_data.sh: error: {error}")
 EOF

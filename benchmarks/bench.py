@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from measure import Contestant, Skipped, check_apart, run
-from report import EMPTY, Row, chart, read_rows, surroundings, table, verdicts, write_rows
+from report import EMPTY, Row, chart, read_rows, said, surroundings, table, verdicts, write_rows
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -255,6 +255,7 @@ def race(bench: Bench, group: str, repeats: int) -> Iterator[Row]:
         bench.skipped.append(f"{group}: {reason}")
         return
     date = datetime.now().isoformat(" ", "minutes")
+    commit = said("git", "-C", str(PROJECT), "describe", "--always", "--dirty")
     work: dict[str, tuple[int, str]] = {}
     total = (repeats + 1) * len(contestants)
     with tqdm(total=total, desc=group, unit=" runs", disable=None) as bar:
@@ -271,13 +272,12 @@ def race(bench: Bench, group: str, repeats: int) -> Iterator[Row]:
                         compare_work(contestant, work)
                 except Skipped as reason:
                     contestants.remove(contestant)
-                    said = str(reason).replace(str(bench.root), "DATA").replace(str(PROJECT), ".")
-                    bench.skipped.append(f"{group}: {contestant.name}: {said}")
+                    why = str(reason).replace(str(bench.root), "DATA").replace(str(PROJECT), ".")
+                    bench.skipped.append(f"{group}: {contestant.name}: {why}")
                 else:
                     if repeat:
-                        yield Row(
-                            group, contestant.name, repeat, *figures, *work[contestant.name], date
-                        )
+                        about = *work[contestant.name], date, commit
+                        yield Row(group, contestant.name, repeat, *figures, *about)
                 bar.update()
 
 
@@ -296,12 +296,12 @@ def write_results(bench: Bench, folder: Path, rows: Sequence[Row], command: str)
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "samples.csv", rows)
     (folder / "speed.svg").write_text(chart(rows), encoding="utf-8")
-    parts = [f"# Results\n\n- `{command}`\n{surroundings(bench.root)}"]
+    parts = [f"# Results\n\n- last command: `{command}`\n{surroundings(bench.root)}"]
     for group, contestants in GROUPS.items():
         if mine := [row for row in rows if row.group == group]:
             title = f"## {group}\n\n{contestants.__doc__}"
-            runs = f"Median (min-max) of {max(row.repeat for row in mine)} runs, {mine[0].date}."
-            parts.append(f"{title} {runs}\n\n{table(mine)}")
+            runs = f"Median (min-max) of {max(row.repeat for row in mine)} runs"
+            parts.append(f"{title} {runs}, {mine[0].date}, at {mine[0].commit}.\n\n{table(mine)}")
     if bench.skipped:
         parts.append("## Skipped\n\n" + "".join(f"- {line}\n" for line in bench.skipped))
     parts.append(f"## Targets\n\n{verdicts(rows)}")

@@ -29,9 +29,10 @@ class Row(NamedTuple):
     samples: int
     checksum: str
     date: str
+    commit: str  # of the code that ran; "-dirty" where files differed from it
 
 
-CELLS: tuple[Callable[[str], Any], ...] = (str, str, int, float, float, float, float, int, str, str)
+CELLS: tuple[Callable[[str], Any], ...] = (str, str, int, *[float] * 4, int, str, str, str)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -295,10 +296,12 @@ def surroundings(data: Path) -> str:
     """Return, as a list, what the figures depend on besides the code."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     model = cpu[1] if cpu else "unknown"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     lines = [
         f"Python {platform.python_version()}, {version('webdataset')}, {version('ray')}",
         said("sh", "-c", "tar --version | head -n 1"),
-        f"{platform.system()} {platform.release()}, {os.cpu_count()} CPUs: {model}",
+        f"{platform.system()} {platform.release()}, {memory:.0f} GiB",
+        f"{os.cpu_count()} CPUs: {model}",
         f"file system of the data: {said('df', '--output=fstype', str(data))}",
     ]
     return "".join(f"- {line}\n" for line in lines)
