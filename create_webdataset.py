@@ -976,13 +976,13 @@ def pack_shards(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    if args.publish:
-        print(finish_run(load_run(args.publish)))
-    elif args.start:
+    if args.start:
         run = plan_run(args)
         os.set_inheritable(start_run(run, args.resume), True)  # the lock passes on to COMMAND
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, others should not
         os.execvp(args.start[0], [*args.start, run.staging])
+    elif args.publish:
+        print(finish_run(load_run(args.publish)))
     elif args.shard_id is None:
         raise Refused("--shard-id is required (see --help)")
     else:

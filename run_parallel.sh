@@ -13,41 +13,43 @@ usage() {
 usage: run_parallel.sh [options]
 
 Pack a folder of samples into WebDataset shards, with background processes on this machine.
+Unless told otherwise, from source_data to webdataset_output beside this script.
 
-  --source DIR        folder of the raw files, listed recursively (default: source_data)
-  --output DIR        folder for the shards (default: webdataset_output)
-  --num-workers N     background processes (default: 4)
-  --num-shards N      shards (default: as many as workers)
-  --resume            keep the shards that an interrupted run finished
-  --fields A,B        the fields of a sample (default: jpg,txt)
-  --skip-incomplete   drop samples that lack a field
-  --shuffle SEED      shuffle before sharding
+the source:
+  --source DIR       folder of the raw files, listed recursively
+  --fields A,B       a sample's files (default: jpg,txt)
+  --skip-incomplete  drop samples that lack a field
+  --shuffle SEED     shuffle before sharding
+
+the output:
+  --output DIR       folder for the shards, made when it is missing
+  --resume           keep the shards that an interrupted run finished
+
+the work:
+  --num-workers N    processes (default: 4)
+  --num-shards N     shards (default: as many as workers)
+
+examples:
+  ./run_parallel.sh --source raw --output out --num-workers 8 --num-shards 64
+  PYTHON=python3.12 ./run_parallel.sh --resume
 EOF
 }
 
-refuse() {
-  printf 'run_parallel.sh: error: %s (see --help)\n' "$1" >&2
-  exit 2
-}
+refuse() { printf 'run_parallel.sh: error: %s (see --help)\n' "$1" >&2 && exit 2; }
 
 main() {
-  local source=$here/source_data output=$here/webdataset_output workers=4 shards=as-workers options=()
+  local workers=4 shards=as-workers options=()
   while (($#)); do
     case $1 in
-      --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
+      --num-*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
       -h | --help) usage && exit ;;
-      --resume | --skip-incomplete) options+=("$1") && shift && continue ;;
+      --num-workers | --num-shards)
+        (($# > 1)) || refuse "$1 needs a number"
+        [[ $1 == --num-shards ]] && shards=$2 || workers=$2
+        shift ;;
+      *) options+=("$1") ;; # Python knows all others; the last of two flags wins
     esac
-    (($# > 1)) || refuse "unknown flag, or flag without its value: $1"
-    case $1 in
-      --source) source=$2 ;;
-      --output) output=$2 ;;
-      --num-workers) workers=$2 ;;
-      --num-shards) shards=$2 ;;
-      --fields | --shuffle) options+=("$1=$2") ;;
-      *) refuse "unknown flag: $1" ;;
-    esac
-    shift 2
+    shift
   done
   [[ $shards != as-workers ]] || shards=$workers
   [[ $workers =~ ^[1-9][0-9]{0,6}$ ]] || refuse "--num-workers $workers: not a number from 1"
@@ -55,14 +57,13 @@ main() {
 
   # Python checks everything, takes the lock of the output, and becomes this script again, which
   # holds the lock from then on, as do its workers: the way of flock(1).
-  exec "$python" "$core" --source="$source" --output="$output" --total-shards="$shards" \
-    ${options[@]+"${options[@]}"} \
+  exec "$python" "$core" --source="$here/source_data" --output="$here/webdataset_output" \
+    ${options[@]+"${options[@]}"} --total-shards="$shards" \
     --start "$BASH" "${BASH_SOURCE[0]}" --staged "$((workers < shards ? workers : shards))"
 }
 
 stop() {
   trap '' INT TERM HUP
-  local pid
   for pid in $(jobs -p); do
     kill "$pid" 2>/dev/null || true
   done

@@ -86,7 +86,7 @@ def test_defaults_from_any_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["new\nline", "a#b?c;d", "run:1", "{0..3}", "'\"$(x)`y`", "--o"])
 def test_odd_folder_names(name: str, tmp_path: Path) -> None:
     source = write_pairs(tmp_path / f"{name}-source", 5)
-    flags = ["--source", source.name, "--output", f"{name}-out", "--num-workers=2"]
+    flags = [f"--source={source.name}", f"--output={name}-out", "--num-workers=2"]
     done = run_script("run_parallel.sh", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(os.listdir(tmp_path / f"{name}-out")) == 2
@@ -107,9 +107,8 @@ USAGE = [
 
 
 @pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
-@pytest.mark.parametrize("row", range(len(USAGE)))
-def test_usage(row: int, script: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    flags, message = USAGE[row]
+@pytest.mark.parametrize(("flags", "message"), USAGE, ids=[" ".join(row[0]) for row in USAGE])
+def test_usage(flags: list[str], message: str, script: str, tmp_path: Path, capfd) -> None:
     source = write_pairs(tmp_path / "source", 3)
     argv = ["--source", str(source), "--output", str(tmp_path / "output"), *flags]
     if script == "run_parallel.sh":

@@ -77,7 +77,9 @@ def test_commands(project: Path) -> None:
     assert len(commands) >= 4
     for command in commands:
         run(command, project)
-    for command, pasted in re.findall(r"^\$ (python read.*)\n(.*)$", README, re.MULTILINE):
+    proofs = re.findall(r"^\$ (python read.* --source .*)\n(.*)$", README, re.MULTILINE)
+    assert proofs
+    for command, pasted in proofs:
         assert run(command, project).splitlines()[-1] == pasted
     (preview,) = re.findall(
         r"^`(python read_webdataset.py .*--preview preview.png)` draws", README, re.M
@@ -99,10 +101,41 @@ def test_worked_example(tmp_path: Path) -> None:
     assert len(table) == 3
 
 
+def test_help(project: Path) -> None:
+    """The --help that is pasted is the one that is printed."""
+    pasted = re.findall(r"^\$ ([^\n]* --help)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert len(pasted) == 2
+    for command, text in pasted:
+        assert run(f"COLUMNS=100 {command}", project) == text
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_there(script: str) -> None:
-    for flag in re.findall(r"--[a-z-]+", run_script(script, "--help").stdout):
+    flags = re.findall(r"--[a-z-]+", run_script(script, "--help").stdout)
+    assert flags
+    for flag in flags:
         assert flag == "--help" or flag in README, f"{script} {flag}"
+
+
+def test_messages() -> None:
+    """What the README says about a message is about one that a script can print."""
+    sources = [path.read_text() for path in ROOT.glob("*") if path.suffix in (".py", ".sh")]
+    code = re.sub(r'"\s+f?"', "", "".join(sources))
+    (table,) = re.findall(r"\| Message \|.*?\n\n", README, re.DOTALL)
+    messages = re.findall(r"^\| `(.*?)`[^|]*\|", table, re.M)
+    assert len(messages) > 10
+    for message in messages:
+        assert message in code, message
+
+
+def test_speeds() -> None:
+    """Every figure of the README is one that the benchmark wrote down."""
+    summary = (ROOT / "benchmarks" / "results" / "summary.md").read_text()
+    (table,) = re.findall(r"\| Packs the same files \|.*?\n\n", README, re.DOTALL)
+    figures = re.findall(r"\d+\.\d+", table)
+    assert len(figures) >= 10
+    for figure in figures:
+        assert f"| {figure} (" in summary, figure
 
 
 def test_training_loop_is_python() -> None:
