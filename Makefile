@@ -32,15 +32,15 @@ lint: .venv/ready-dev ## check style, types and shell scripts (needs ShellCheck)
 	$(BIN)/mypy
 	shellcheck $(SCRIPTS)
 
+COMPILE := uv pip compile --quiet --universal --upgrade --no-annotate \
+    --custom-compile-command "make requirements"
+
 requirements: ## pin the requirements anew (needs uv)
-	uv pip compile --quiet --universal --upgrade --no-annotate pyproject.toml \
-	    --custom-compile-command "make requirements" --output-file requirements.txt
-	uv pip compile --quiet --universal --upgrade --no-annotate pyproject.toml --group dev \
-	    --custom-compile-command "make requirements" --constraint requirements.txt \
+	$(COMPILE) --python-version 3.10 pyproject.toml --output-file requirements.txt
+	$(COMPILE) --python-version 3.10 pyproject.toml --group dev --constraint requirements.txt \
 	    --output-file requirements-dev.txt
 	printf '%s\n' datasets megatron-energon pytest 'ray[data]' torch==2.13.0 wids | \
-	    uv pip compile --quiet --universal --upgrade --no-annotate --python-version 3.11 \
-	    --custom-compile-command "make requirements" --constraint requirements-dev.txt \
+	    $(COMPILE) --python-version 3.11 --constraint requirements-dev.txt \
 	    --output-file .interop.tmp pyproject.toml -
 	grep -Ev '^(cuda|nvidia|triton)' .interop.tmp >tests/interop/requirements.txt
 	rm .interop.tmp
