@@ -712,7 +712,7 @@ def load_run(staging: str) -> Run:
         with open(plan, encoding="utf-8") as stream:
             run = Run(staging, *json.load(stream)[1:])
             return run._replace(fields=tuple(run.fields))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, LookupError):
         raise Failed(f"{plan!r} is damaged; remove its folder") from None
 
 
