@@ -245,11 +245,19 @@ def test_signals_end_ray_too(sent: signal.Signals, old_and_new, tmp_path: Path) 
     assert not ray_processes(process.pid)
 
 
-@pytest.mark.parametrize("script", ["create_webdataset.py", "create_with_ray.py"])
-def test_interrupted_while_it_imports(script: str, source_1003: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [
+        ("create_webdataset.py", ["--total-shards=1", "--start", "sleep", "9"]),
+        ("create_with_ray.py", []),
+    ],
+)
+def test_interrupted_while_it_imports(
+    script: str, more: list[str], source_1003: Path, tmp_path: Path
+) -> None:
     if sys.platform != "linux":
         pytest.skip("needs /proc to see what is imported")
-    process = start(script, "--source", source_1003, "--output", tmp_path, "--total-shards=1")
+    process = start(script, f"--source={source_1003}", f"--output={tmp_path}", *more)
     maps = Path(f"/proc/{process.pid}/maps")
     while "numpy" not in maps.read_text():  # webdataset imports it
         assert process.poll() is None
