@@ -42,6 +42,7 @@ class Bench:
         own = HERE / ".venv/bin/python"
         self.peer_python = str(own) if own.exists() else sys.executable
         self.skipped: list[str] = []
+        self.commit = said("git", "-C", str(PROJECT), "describe", "--always", "--dirty")
 
     def data(self, samples: int, size: int, text: int = 40) -> tuple[str, int]:
         """Make a set of samples, unless it is there; return its folder and how many they are."""
@@ -255,7 +256,6 @@ def race(bench: Bench, group: str, repeats: int) -> Iterator[Row]:
         bench.skipped.append(f"{group}: {reason}")
         return
     date = datetime.now().isoformat(" ", "minutes")
-    commit = said("git", "-C", str(PROJECT), "describe", "--always", "--dirty")
     work: dict[str, tuple[int, str]] = {}
     total = (repeats + 1) * len(contestants)
     with tqdm(total=total, desc=group, unit=" runs", disable=None) as bar:
@@ -276,7 +276,7 @@ def race(bench: Bench, group: str, repeats: int) -> Iterator[Row]:
                     bench.skipped.append(f"{group}: {contestant.name}: {why}")
                 else:
                     if repeat:
-                        about = *work[contestant.name], date, commit
+                        about = *work[contestant.name], date, bench.commit
                         yield Row(group, contestant.name, repeat, *figures, *about)
                 bar.update()
 
