@@ -225,6 +225,7 @@ class Scan:
 
     def list_folder(self, prefix: str) -> None:
         """List the folder at `prefix`; note the folders within it for later."""
+        bits = self.bits  # looked up once: this loop sees each file of a dataset
         held: dict[str, int] = {}  # name up to the first dot -> the fields that are there, as bits
         spelled: dict[str, dict[str, str]] = defaultdict(dict)
         with os.scandir(os.path.join(self.source, prefix[:-1]) if prefix else self.source) as names:
@@ -239,13 +240,13 @@ class Scan:
                         continue
                     regular = leads_to_file(entry)
                 stem, _, extension = name.partition(".")
-                bit = self.bits.get(extension) or self.bits.get(extension.lower())
+                bit = bits.get(extension) or bits.get(extension.lower())
                 if bit is None:
                     self.ignored += 1
                     if name.lower().endswith(self.endings):
                         self.faults[DOTTED].append(prefix + name)
                     continue
-                if regular and extension not in self.bits:
+                if regular and extension not in bits:
                     spelled[stem][extension.lower()] = extension
                 before = held.get(stem, 0)
                 if before & bit:
@@ -285,7 +286,7 @@ def key_fault(prefix: str, stem: str) -> str:
     if stem.startswith("__") or (prefix[:2] == "__" and re.match("__[^/]*__/", prefix)):
         return RESERVED
     key = prefix + stem
-    if re.match(r"BZh.1AY&SY", key, re.DOTALL):
+    if key[:3] == "BZh" and re.match(r"BZh.1AY&SY", key, re.DOTALL):
         return UNREADABLE  # in front of a shard, readers take it for bzip2
     if key.isascii() and "\n" not in key:
         return ""
@@ -960,11 +961,8 @@ def pack_shards(args: argparse.Namespace) -> int:
                 line = report(pack(shard_id, run.shard_samples(shard_id), bar.update))
                 stream = sys.stdout
             except (Failed, OSError) as error:
-                line, stream, failed = (
-                    f"Shard {shard_id} failed: {explain(error)}",
-                    sys.stderr,
-                    True,
-                )
+                line = f"Shard {shard_id} failed: {explain(error)}"
+                stream, failed = sys.stderr, True
             with bar.external_write_mode():  # one write a line: other workers write, too
                 print(line + "\n", end="", file=stream, flush=True)
     if not args.run:
