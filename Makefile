@@ -1,5 +1,6 @@
 # `make help` lists what there is. PYTHON names the interpreter that .venv is made with.
 PYTHON ?= python3
+unexport PYTHON
 BIN := .venv/bin
 SCRIPTS := run_parallel.sh make_dummy_data.sh .ci/run
 
@@ -10,15 +11,15 @@ help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
 
 demo: .venv/ready ## ten samples (or what is in source_data) to shards and back
-	@ls source_data/* >/dev/null 2>&1 || ./make_dummy_data.sh
-	PYTHON=$(BIN)/python ./run_parallel.sh
+	@ls source_data/* >/dev/null 2>&1 || { echo ./make_dummy_data.sh && ./make_dummy_data.sh; }
+	./run_parallel.sh
 	$(BIN)/python read_webdataset.py --path webdataset_output
 
 test: .venv/ready-dev ## run the test suite
-	PYTHON= $(BIN)/python -m pytest --ignore=tests/interop
+	$(BIN)/python -m pytest --ignore=tests/interop
 
 soak: .venv/ready-dev ## the long counts: kills, faults, generated names
-	PYTHON= SOAK=1 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_verify.py
+	SOAK=1 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_verify.py
 
 interop: .venv-interop/ready ## read our shards with other people's readers (Python 3.11 or newer)
 	INTEROP=1 .venv-interop/bin/python -m pytest -rs tests/interop

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 INSTALL = "is not installed; run: pip install -r requirements.txt"
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback, always
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
 try:
     import webdataset as wds
     from webdataset.tariterators import base_plus_ext
@@ -110,6 +110,8 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
             elif isinstance(getattr(sys, name), io.TextIOWrapper):
                 getattr(sys, name).reconfigure(errors="backslashreplace")
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from the imports of a script
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             code = main(argv)
             sys.stdout.flush()
@@ -300,7 +302,7 @@ def shuffle_rank(seed: int, sample: str) -> bytes:
     return hashlib.blake2b(f"{seed}/{sample_key(sample)}".encode()).digest()
 
 
-def check_shards(total_shards: int, samples: int, shard_id: int = 0) -> None:
+def check_shard_numbers(total_shards: int, samples: int, shard_id: int = 0) -> None:
     """Refuse shard numbers that cannot be; an empty shard makes some readers fail."""
     if not 1 <= total_shards <= MAX_SHARDS:
         raise Refused(f"{total_shards} shards: choose a number from 1 to {MAX_SHARDS:,}")
@@ -361,7 +363,7 @@ class LargeFile(io.FileIO):
             Failed: its size is another by now.
         """
         left = self.size
-        with self:
+        with naming(self.path), self:
             while (count := self.readinto(buffer)) and count <= left:
                 left -= count
                 yield buffer[:count]
@@ -603,7 +605,7 @@ def create_webdataset(
     """
     if samples is None:
         listing = list_samples(source, fields, skip_incomplete, shuffle)
-        check_shards(total_shards, len(listing.samples), shard_id)
+        check_shard_numbers(total_shards, len(listing.samples), shard_id)
         samples = listing.samples[shard_id::total_shards]
         os.makedirs(output, exist_ok=True)
     # No reader globs this name, and no two attempts at the same shard share it.
@@ -671,7 +673,7 @@ def plan_run(args: argparse.Namespace) -> Run:
     fields = parse_fields(args.fields)
     source, output = os.path.abspath(args.source), os.path.abspath(args.output)
     listing = list_samples(source, fields, args.skip_incomplete, args.shuffle)
-    check_shards(args.total_shards, len(listing.samples))
+    check_shard_numbers(args.total_shards, len(listing.samples))
     check_output(output, source, fields)
     staging = os.path.join(output, STAGING + secrets.token_hex(8))
     return Run(staging, source, fields, args.total_shards, *listing, started)
@@ -697,12 +699,14 @@ def start_run(run: Run, resume: bool) -> int:
             remove_partials(old)
             os.rename(old, run.staging)  # a late writer of the old run finds its folder gone
         else:
-            shutil.rmtree(old)
+            remove_staging(old)
     os.makedirs(run.staging, exist_ok=True)
     plan = os.path.join(run.staging, PLAN)
-    with naming(plan), open(plan, "w", encoding="utf-8") as stream:
-        json.dump(run, stream)
+    with naming(plan), open(f"{plan}-new", "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(run))
+        stream.flush()
         os.fsync(stream.fileno())
+    os.replace(f"{plan}-new", plan)  # at no time is there less than the plan of the shards there
     return lock
 
 
@@ -758,6 +762,13 @@ def staging_folders(output: str | os.PathLike[str]) -> list[str]:
             if re.fullmatch(re.escape(STAGING) + "[0-9a-f]{16}", entry.name)
             and entry.is_dir(follow_symlinks=False)
         ]
+
+
+def remove_staging(folder: str) -> None:
+    """Remove a staging folder, in which a late task of a killed run may still want to write."""
+    gone = os.path.join(os.path.dirname(folder), STAGING + secrets.token_hex(8))
+    os.rename(folder, gone)  # it finds its folder gone
+    shutil.rmtree(gone)
 
 
 def interrupted_publishing(output: str | os.PathLike[str]) -> bool:
@@ -842,8 +853,9 @@ def finish_run(run: Run) -> str:
     paths = [os.path.join(run.staging, shard_name(number)) for number in range(run.total_shards)]
     missing = [str(number) for number, path in enumerate(paths) if not os.path.exists(path)]
     if missing:
+        first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise Failed(
-            f"not packed: shards {', '.join(missing)}; the previous dataset is untouched; "
+            f"not packed: {len(missing):,} shards ({first}); the previous dataset is untouched; "
             "run again with --resume to pack just these"
         )
     sizes = [os.stat(path).st_size for path in paths]
@@ -877,7 +889,7 @@ def publish_shards(staging: str, total_shards: int) -> None:
             os.unlink(os.path.join(output, name))
     sync_folder(output)
     os.unlink(os.path.join(staging, MARKER))
-    shutil.rmtree(staging)
+    remove_staging(staging)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -892,6 +904,11 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 # ---------------------------------------------------------------- command line
 
 
+DRIVER_PURPOSE = "Pack a folder of samples into WebDataset shards, with background processes."
+DRIVER_EXAMPLES = """examples:
+  {script} --source raw --output out --num-workers 8 --num-shards 64
+  {script} --source raw --output out --num-workers 8 --num-shards 64 --resume
+"""
 USAGE = "create_webdataset.py --source DIR --output DIR --shard-id I --total-shards N [options]"
 EXAMPLES = """examples:
   python create_webdataset.py --source raw --output out --shard-id 0 --total-shards 4
@@ -911,37 +928,70 @@ def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the sour
     add("--shuffle", metavar="SEED", type=int, help="shuffle before sharding")
 
 
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where the shards go, and mean the same in every packer."""
-    add = parser.add_argument_group("the output").add_argument
-    add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
-    add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = Parser(USAGE, "Pack one shard (or every K-th) of a folder of samples.", EXAMPLES)
     add_source_arguments(parser)
-    add_output_arguments(parser)
     add = parser.add_argument_group("the shards").add_argument
+    add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
     add("--shard-id", metavar="I", type=int, help="the shard to pack, from 0")
     add("--total-shards", metavar="N", type=int, help="number of shards")
     add("--shard-step", metavar="K", type=int, help="pack shards I, I+K, I+2K, ...")
-    add = parser.add_argument_group("steps of a driver, before and after its workers").add_argument
-    add("--start", metavar="COMMAND", nargs=argparse.REMAINDER, help="lock, stage, become COMMAND")
+    add = parser.add_argument_group("steps of run_parallel.sh").add_argument
+    add("--start", metavar="SCRIPT", nargs=argparse.REMAINDER, help="check, lock and stage a run")
     add("--run", metavar="STAGING", help="pack shards of the run that is staged there")
     add("--publish", metavar="STAGING", help="put a run's shards in their final place")
     return parser
+
+
+def build_driver_parser(usage: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """Return the flags that both drivers have."""
+    where = "Unless told otherwise, from source_data to webdataset_output beside this script."
+    parser = Parser(usage, f"{description}\n{where}", examples)
+    here = Path(__file__).resolve().parent
+    add_source_arguments(parser)
+    add = parser.add_argument_group("the output").add_argument
+    add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
+    add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
+    add = parser.add_argument_group("the work").add_argument
+    add("--num-workers", metavar="N", type=int, help="processes, or tasks at a time (default: 4)")
+    add("--num-shards", metavar="N", type=int, help="shards (default: as many as workers)")
+    parser.set_defaults(source=here / "source_data", output=here / "webdataset_output")
+    return parser
+
+
+def plan_driver_run(args: argparse.Namespace) -> Run:
+    """Check the flags of a driver, and everything that its run needs; nothing is written."""
+    if args.num_workers is not None and not 1 <= args.num_workers < 10**7:
+        raise Refused(f"--num-workers {args.num_workers}: not a number from 1")
+    args.total_shards = args.num_shards if args.num_shards is not None else args.num_workers or 4
+    return plan_run(args)
+
+
+def start_script(bash: str, script: str, *argv: str) -> NoReturn:
+    """Stage a run with the flags of run_parallel.sh, and become its second half.
+
+    The lock passes on to it, and from it to the workers, as with flock(1).
+    """
+    examples = DRIVER_EXAMPLES.format(script="./run_parallel.sh")
+    parser = build_driver_parser("run_parallel.sh [options]", DRIVER_PURPOSE, examples)
+    args = parser.parse_args(argv)
+    run = plan_driver_run(args)
+    os.set_inheritable(start_run(run, args.resume), True)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, others should not
+    workers = min(args.num_workers or 4, run.total_shards)
+    os.execvp(bash, [bash, script, "--staged", str(workers), run.staging])
 
 
 def pack_shards(args: argparse.Namespace) -> int:
     """Pack shards I, I+K, ... of a staged run, or straight into --output, and report each."""
     from tqdm import tqdm  # here, since the nodes of a Ray cluster need only webdataset
 
+    driver, failed = os.getppid(), False
     if args.shard_step is not None and args.shard_step < 1:
         raise Refused(f"--shard-step {args.shard_step}: not a number from 1")
     run = load_run(args.run) if args.run else plan_run(args)
-    check_shards(run.total_shards, len(run.samples), args.shard_id)
+    check_shard_numbers(run.total_shards, len(run.samples), args.shard_id)
     shard_ids = range(args.shard_id, run.total_shards, args.shard_step or run.total_shards)
     pack = functools.partial(pack_shard, run)
     if not args.run:
@@ -951,9 +1001,9 @@ def pack_shards(args: argparse.Namespace) -> int:
             raise Failed(INTERRUPTED)
         remove_partials(output, shard_ids)
         pack = functools.partial(pack_directly, run._replace(staging=output))
-    driver, failed = os.getppid(), False
     total = sum(len(run.shard_samples(shard_id)) for shard_id in shard_ids)
-    with tqdm(total=total, unit=" samples", position=args.shard_id, disable=None) as bar:
+    row = args.shard_id if args.run else 0
+    with tqdm(total=total, unit=" samples", position=row, disable=None) as bar:
         for shard_id in shard_ids:
             if args.run and os.getppid() != driver:
                 raise Failed("the driver is gone, so its workers stop")
@@ -975,10 +1025,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
     if args.start:
-        run = plan_run(args)
-        os.set_inheritable(start_run(run, args.resume), True)  # the lock passes on to COMMAND
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, others should not
-        os.execvp(args.start[0], [*args.start, run.staging])
+        start_script(*args.start)
     elif args.publish:
         print(finish_run(load_run(args.publish)))
     elif args.shard_id is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import functools
 import logging
 import os
 import signal
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Generator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run to end: no traceback
@@ -30,8 +29,10 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} {core.INSTALL}")
 
 HERE = Path(__file__).resolve().parent
+MODULES = [str(HERE / "create_webdataset.py"), str(HERE / "create_with_ray.py")]
 RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
 HICCUPS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what network storage says for a while
+EXAMPLES = "  python create_with_ray.py --address 10.0.0.1:6379 --num-shards 1000\n"
 PROBE = "probe"  # a file in the staging folder that every node must be able to read
 
 
@@ -39,25 +40,12 @@ class Hiccup(Exception):
     """An error of the storage that may be gone at the next attempt."""
 
 
-USAGE = "create_with_ray.py [options]"
-DEFAULTS = "Unless told otherwise, from source_data to webdataset_output beside this script."
-EXAMPLES = """examples:
-  python create_with_ray.py --source raw --output out --num-workers 8 --num-shards 64
-  python create_with_ray.py --source /shared/raw --output /shared/out --num-shards 1000 \\
-      --address 10.0.0.1:6379
-"""
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    parser = core.Parser(USAGE, f"{__doc__}\n{DEFAULTS}", EXAMPLES)
-    core.add_source_arguments(parser)
-    core.add_output_arguments(parser)
-    parser.set_defaults(source=HERE / "source_data", output=HERE / "webdataset_output")
-    add = parser.add_argument_group("the work").add_argument
-    add("--num-workers", metavar="N", type=int, help="tasks at a time (default: 4, or all CPUs)")
-    add("--num-shards", metavar="N", type=int, help="shards (default: as many as workers)")
-    add("--address", metavar="A", help="an existing cluster: auto or HOST:PORT (default: none)")
+    examples = core.DRIVER_EXAMPLES.format(script="python create_with_ray.py") + EXAMPLES
+    parser = core.build_driver_parser("create_with_ray.py [options]", __doc__ or "", examples)
+    add = parser.add_argument_group("a cluster that runs already").add_argument
+    add("--address", metavar="A", help="auto or HOST:PORT; --num-workers is then all its CPUs")
     return parser
 
 
@@ -67,16 +55,16 @@ def connect(address: str | None, num_workers: int | None) -> int:
     Raises:
         Failed: no cluster answers at that address.
     """
-    quiet = functools.partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
+    options: dict[str, Any] = {"runtime_env": {"py_modules": MODULES}}
     if address is None:
-        num_workers = num_workers or 4  # "local": never a cluster that happens to run here
-        quiet(address="local", num_cpus=num_workers, include_dashboard=False)
-        return num_workers
-    modules = [str(HERE / "create_webdataset.py"), str(HERE / "create_with_ray.py")]
-    try:
-        quiet(address=address, runtime_env={"py_modules": modules})
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        num_workers = num_workers or 4
+        options = {"num_cpus": num_workers, "include_dashboard": False}
+    try:  # "local": never a cluster that happens to run here
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:  # Ray raises many kinds, Exception itself included
         reason = str(error).strip().partition("\n")[0]
+        if address is None:
+            raise Failed(f"Ray does not start: {reason}") from None
         cure = "is RAY_AUTH_MODE=token set, and the token the cluster's? see README, On a cluster"
         raise Failed(f"--address {address!r}: {reason}; {cure}") from None
     return num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -112,7 +100,10 @@ def check_nodes(run: Run) -> None:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(probe_node).options(num_cpus=0, scheduling_strategy=here)
             answers[node["NodeManagerAddress"]] = task.remote(frame, path)
-    blind = [name for name, answer in answers.items() if not ray.get(answer)]
+    try:
+        blind = [name for name, answer in answers.items() if not ray.get(answer)]
+    except ray.exceptions.RayError as error:
+        raise Failed(f"a node cannot run a task: {core.explain(error)}") from None
     if blind:
         raise Failed(
             f"nodes {', '.join(blind)} do not see the files that this machine sees: --source and "
@@ -187,14 +178,11 @@ def handle_signals() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    if args.num_workers is not None and not 1 <= args.num_workers < 10**7:
-        raise Refused(f"--num-workers {args.num_workers}: not a number from 1")
     if args.address and args.num_shards is None:
         raise Refused(
             "--address needs --num-shards, so that the shards do not depend on the cluster"
         )
-    args.total_shards = args.num_shards if args.num_shards is not None else args.num_workers or 4
-    run = core.plan_run(args)
+    run = core.plan_driver_run(args)
     if args.address and args.address != "auto":
         check_address(args.address)
     core.start_run(run, args.resume)

@@ -17,9 +17,12 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
 import create_webdataset as core
 from create_webdataset import Failed, Refused
 
@@ -38,6 +41,8 @@ MAX_NAME = 8 << 10  # bytes of an extended header; names of files have 4 KB at m
 TEXT_LIMIT = 200  # characters of a text that are printed
 MAX_IMAGE = 256 << 20  # bytes of an image that --decode takes into memory
 SHOWN = 5  # faults of one kind that are named; the rest are counted
+
+Faults = defaultdict[str, list[str]]  # what is wrong -> where
 
 # ---------------------------------------------------------------- finding the shards
 
@@ -91,12 +96,11 @@ def plain_dataset(shards: Sequence[str], **options: Any) -> wds.WebDataset:
 
 # ---------------------------------------------------------------- checking one shard
 
-Faults = defaultdict[str, list[str]]  # what is wrong -> where
 BLOCK = tarfile.BLOCKSIZE
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)  # these say more about the next member
 OCTAL = re.compile(rb"[0-7]{11}")
-TEMPLATE = core.FastTarWriter(io.BytesIO())  # for the headers that nearly all members have
+WRITER = core.FastTarWriter(io.BytesIO())  # for the headers that nearly all members have
 # How readers recognise gzip, bzip2, xz, lzma and zstd (getcomptype of Python's tarfile).
 COMPRESSED = re.compile(
     rb"\x1f\x8b\x08|BZh.1AY&SY|\xfd7zXZ|\x5d\0\0\x80|\x28\xb5\x2f\xfd", re.DOTALL
@@ -179,7 +183,7 @@ def read_header(header: bytes, extended: bytes, offset: int) -> tuple[bytes, str
     """
     name, digits = header[:100].rstrip(b"\0"), header[124:135]
     plain = OCTAL.fullmatch(digits) and name and b"\0" not in name and name[-1:] != b"/"
-    if plain and not extended and header == TEMPLATE.fill_header(name, digits):
+    if plain and not extended and header == WRITER.fill_header(name, digits):
         return b"0", name.decode("utf-8", "surrogateescape"), int(digits, 8)
     where = f"at byte {offset:,}"
     try:
@@ -213,9 +217,9 @@ class Comparison(io.BytesIO):
 
 def check_shard(task: Task) -> Report:
     """Check one shard; a shard that is, byte for byte, what it must be is not looked at twice."""
-    with open(task.path, "rb", buffering=1 << 16) as stream:
+    with core.naming(task.path), open(task.path, "rb", buffering=1 << 16) as stream:
         size = os.fstat(stream.fileno()).st_size
-        if task.samples is not None and not task.decode:
+        if task.samples and not task.decode:
             try:
                 core.write_samples(Comparison(stream), task.source, task.samples, task.fields)
                 if not stream.read(1):
@@ -329,7 +333,7 @@ def check_dataset(
         faults["missing shard"].append(core.shard_name(number))
     reports: list[Report] = []
     with tqdm(total=len(names), unit=" shards", disable=None) as bar:
-        for report in check_shards_of(tasks, min(args.num_workers, len(names))):
+        for report in check_in_parallel(tasks, min(args.num_workers, len(names))):
             bar.update()
             reports.append(report)
             for kind, detail in report.faults:
@@ -338,7 +342,7 @@ def check_dataset(
     return reports
 
 
-def check_shards_of(tasks: Iterator[Task], num_workers: int) -> Iterator[Report]:
+def check_in_parallel(tasks: Iterator[Task], num_workers: int) -> Iterator[Report]:
     """Yield the report of each task, in order, from this process or from several."""
     if num_workers == 1:
         return map(check_shard, tasks)
@@ -613,7 +617,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = find_shards(args.path, faults)
     paths = [os.path.join(args.path, name) for name in names]
     before = identify(paths)
-    reports = check_dataset(args.path, names, args, faults)
+    try:
+        reports = check_dataset(args.path, names, args, faults)
+    except BrokenProcessPool:
+        raise Failed("a checking process was killed; is there memory for --num-workers?") from None
     sound = [report.path for report in reports if report.sound]
     try:
         for number, sample in enumerate(read_samples([] if args.quiet else sound, args.limit)):

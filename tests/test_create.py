@@ -124,8 +124,12 @@ def test_refused(step: str, make, flags: list[str], message: str, tmp_path: Path
     source, output = tmp_path / "source", tmp_path / "new" / "output"
     source.mkdir()
     make(source)
-    start = ["--start", "false"] if step == "start" else []
-    assert pack(source, output, *flags, *start) == 2
+    if step == "start":
+        flags = [flag.replace("--total-shards", "--num-shards") for flag in flags]
+        start = ["--start", "false", "run_parallel.sh", f"--source={source}", f"--output={output}"]
+        assert core.main([*start, "--num-shards=1", *flags]) == 2
+    else:
+        assert pack(source, output, *flags) == 2
     out, err = capfd.readouterr()
     assert not out
     assert re.search(message, err) and err.count("\n") == 1, err

@@ -146,7 +146,7 @@ def test_a_failed_shard_is_named_and_nothing_is_published(script: str, tmp_path:
     done = run_script(script, *flags)
     assert done.returncode == 1
     assert "Shard 1 failed: " in done.stderr and "sample-1.jpg" in done.stderr
-    assert "not packed: shards 1;" in done.stderr and "Traceback" not in done.stderr
+    assert "not packed: 1 shards (1);" in done.stderr and "Traceback" not in done.stderr
     assert "All shards created" not in done.stdout
     assert {name: value for name, value in hashes(output).items() if "/" not in name} == {
         **before,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import resource
@@ -211,6 +212,34 @@ def test_resume_after_changes(tmp_path: Path) -> None:
     assert content == {path.name: path.read_bytes() for path in source.iterdir()}
 
 
+def test_a_resume_that_fails_at_its_start_loses_nothing(tmp_path: Path, monkeypatch, capfd) -> None:
+    """The plan of the old run stays until the new one is whole."""
+    source, output = write_pairs(tmp_path / "source", 8), tmp_path / "output"
+    base = [f"--source={source}", f"--output={output}", "--num-shards=4"]
+    (source / "sample-7.jpg").unlink()
+    (source / "sample-7.jpg").symlink_to("/proc/self/mem")  # its read fails: the last shard
+    assert run_script("run_parallel.sh", *base).returncode == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", lambda _: "[" + 1_000_000 * " ")
+        patch.setattr(os, "fsync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        assert core.main(["--start", "false", "run_parallel.sh", *base, "--resume"]) == 1
+    assert "disk is full" in capfd.readouterr().err
+    done = run_script("run_parallel.sh", *base, "--resume")
+    assert done.returncode == 1 and done.stdout.count("kept") == 3, done
+
+
+def test_an_error_in_a_large_file_names_it() -> None:
+    file = core.LargeFile(os.open("/proc/self/mem", os.O_RDONLY), "sample-1.jpg", 100)
+    with pytest.raises(OSError, match=r"'sample-1\.jpg'"):
+        list(file.pieces(memoryview(bytearray(10))))
+
+
+def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
+    run = core.Run(str(tmp_path), "", (), 1_000, [], 0, 0, 0.0)
+    with pytest.raises(core.Failed, match=r"1,000 shards \(0, 1, 2, 3, 4, \.\.\.\).*--resume"):
+        core.finish_run(run)
+
+
 def test_second_run_stops_at_once(old_and_new: tuple[Path, Path, Path], tmp_path: Path) -> None:
     source, _, new = old_and_new
     run = flags(source, tmp_path / "o", f"--num-shards={SHARDS}")
@@ -245,19 +274,13 @@ def test_signals_end_ray_too(sent: signal.Signals, old_and_new, tmp_path: Path) 
     assert not ray_processes(process.pid)
 
 
-@pytest.mark.parametrize(
-    ("script", "more"),
-    [
-        ("create_webdataset.py", ["--total-shards=1", "--start", "sleep", "9"]),
-        ("create_with_ray.py", []),
-    ],
-)
-def test_interrupted_while_it_imports(
-    script: str, more: list[str], source_1003: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("script", ["create_webdataset.py", "create_with_ray.py"])
+def test_interrupted_while_it_imports(script: str, source_1003: Path, tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("needs /proc to see what is imported")
-    process = start(script, f"--source={source_1003}", f"--output={tmp_path}", *more)
+    (tmp_path / "wait").write_text("exec sleep 9")
+    first = ["--start", "bash", str(tmp_path / "wait")] if script == "create_webdataset.py" else []
+    process = start(script, *first, f"--source={source_1003}", f"--output={tmp_path}")
     maps = Path(f"/proc/{process.pid}/maps")
     while "numpy" not in maps.read_text():  # webdataset imports it
         assert process.poll() is None

@@ -6,6 +6,7 @@ import io
 import os
 import random
 import shutil
+import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,28 @@ def test_good_dataset(workers: str, good: tuple[Path, Path], capfd) -> None:
     source, output = good
     assert verify(output, capfd, "--num-workers", workers) == (0, "")
     assert verify(output, capfd, "--num-workers", workers, "--source", source) == (0, "")
+
+
+def kill_self(_: reader.Task) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process(good: tuple[Path, Path], capfd, monkeypatch) -> None:
+    """As when memory runs out."""
+    monkeypatch.setattr(reader, "check_shard", kill_self)
+    assert reader.main(["--path", str(good[1]), "--quiet", "--num-workers=2"]) == 1
+    out, err = capfd.readouterr()
+    assert not out and "a checking process was killed" in err and err.count("\n") == 1
+
+
+def test_an_empty_shard_too_many(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """wds.TarWriter writes such a shard when it gets no samples."""
+    source, output = write_pairs(tmp_path / "source", 2), tmp_path / "output"
+    for shard_id in range(2):
+        core.create_webdataset(source, output, shard_id, 2)
+    (output / "shard-000002.tar").write_bytes(bytes(10_240))
+    code, err = verify(output, capfd, "--source", source)
+    assert code == 1 and "empty shard: shard-000002.tar" in err, err
 
 
 def test_shuffled_and_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
