@@ -641,16 +641,21 @@ INTERRUPTED = "publishing was interrupted; run the same command again"
 
 
 class Run(NamedTuple):
-    """One run: the listing that its workers share, and the folder that its shards go to."""
+    """One run: the listing that its workers share, and the folder in which its shards wait."""
 
     staging: str
     source: str
     fields: Sequence[str]
     total_shards: int
-    samples: Sequence[str]
+    started: float  # seconds since the epoch
+    samples: Sequence[str]  # this and what follows: see Listing
     skipped: int
     ignored: int
-    started: float  # seconds since the epoch
+
+    @property
+    def output(self) -> str:
+        """The folder that the shards go to in the end."""
+        return os.path.dirname(self.staging)
 
     def shard_samples(self, shard_id: int) -> Sequence[str]:
         """Return the samples of one shard."""
@@ -676,7 +681,7 @@ def plan_run(args: argparse.Namespace) -> Run:
     check_shard_numbers(args.total_shards, len(listing.samples))
     check_output(output, source, fields)
     staging = os.path.join(output, STAGING + secrets.token_hex(8))
-    return Run(staging, source, fields, args.total_shards, *listing, started)
+    return Run(staging, source, fields, args.total_shards, started, **listing._asdict())
 
 
 def start_run(run: Run, resume: bool) -> int:
@@ -688,11 +693,10 @@ def start_run(run: Run, resume: bool) -> int:
     Raises:
         Failed: another run is packing into this output.
     """
-    output = os.path.dirname(run.staging)
-    os.makedirs(output, exist_ok=True)
-    lock = lock_output(output)
-    remove_partials(output)
-    for old in staging_folders(output):
+    os.makedirs(run.output, exist_ok=True)
+    lock = lock_output(run.output)
+    remove_partials(run.output)
+    for old in staging_folders(run.output):
         if os.path.exists(os.path.join(old, MARKER)):
             publish_shards(old, load_run(old).total_shards)
         elif resume and not os.path.exists(run.staging) and same_run(old, run):
@@ -703,7 +707,7 @@ def start_run(run: Run, resume: bool) -> int:
     os.makedirs(run.staging, exist_ok=True)
     plan = os.path.join(run.staging, PLAN)
     with naming(plan), open(f"{plan}-new", "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(run))
+        stream.write(json.dumps(run._asdict()))
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(f"{plan}-new", plan)  # at no time is there less than the plan of the shards there
@@ -715,9 +719,9 @@ def load_run(staging: str) -> Run:
     plan = os.path.join(staging, PLAN)
     try:
         with open(plan, encoding="utf-8") as stream:
-            run = Run(staging, *json.load(stream)[1:])
+            run = Run(**{**json.load(stream), "staging": staging})
             return run._replace(fields=tuple(run.fields))
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError):
         raise Failed(f"{plan!r} is damaged; remove its folder") from None
 
 
@@ -796,12 +800,16 @@ def remove_partials(folder: str, shard_ids: Container[int] = range(MAX_SHARDS)) 
             os.unlink(entry.path)
 
 
-def pack_directly(
-    run: Run, shard_id: int, samples: Sequence[str], progress: Progress | None = None
+def pack_into(
+    folder: str,
+    run: Run,
+    shard_id: int,
+    samples: Sequence[str],
+    progress: Progress | None = None,
 ) -> Shard:
-    """Pack one shard of a run, given its samples, into the folder of the run."""
-    where = run.source, run.staging, shard_id, run.total_shards, run.fields
-    return create_webdataset(*where, samples=samples, progress=progress)
+    """Pack one shard of a run, given its samples, into a folder."""
+    what = shard_id, run.total_shards, run.fields
+    return create_webdataset(run.source, folder, *what, samples=samples, progress=progress)
 
 
 def pack_shard(
@@ -824,7 +832,7 @@ def pack_shard(
         if seen.hexdigest() in read_proofs(run.staging):
             return Shard(shard_id, len(samples), status.st_size, seen.hexdigest(), "kept")
         how = "created again"
-    shard = pack_directly(run, shard_id, samples, progress)
+    shard = pack_into(run.staging, run, shard_id, samples, progress)
     # One file for each process: to append to it is cheaper than a file for each shard.
     record = os.path.join(run.staging, f"{PROOFS}{socket.gethostname()}-{os.getpid()}")
     with open(record, "a", encoding="ascii") as stream:
@@ -865,7 +873,7 @@ def finish_run(run: Run) -> str:
     with open(os.path.join(run.staging, MARKER), "xb"):
         sync_folder(run.staging)
     publish_shards(run.staging, run.total_shards)
-    os.unlink(os.path.join(os.path.dirname(run.staging), LOCK))
+    os.unlink(os.path.join(run.output, LOCK))
     for number, handler in zip(stopping, handlers, strict=True):
         signal.signal(number, handler)
     return (
@@ -995,12 +1003,11 @@ def pack_shards(args: argparse.Namespace) -> int:
     shard_ids = range(args.shard_id, run.total_shards, args.shard_step or run.total_shards)
     pack = functools.partial(pack_shard, run)
     if not args.run:
-        output = os.path.dirname(run.staging)
-        os.makedirs(output, exist_ok=True)
-        if interrupted_publishing(output):
+        os.makedirs(run.output, exist_ok=True)
+        if interrupted_publishing(run.output):
             raise Failed(INTERRUPTED)
-        remove_partials(output, shard_ids)
-        pack = functools.partial(pack_directly, run._replace(staging=output))
+        remove_partials(run.output, shard_ids)
+        pack = functools.partial(pack_into, run.output, run)
     total = sum(len(run.shard_samples(shard_id)) for shard_id in shard_ids)
     row = args.shard_id if args.run else 0
     with tqdm(total=total, unit=" samples", position=row, disable=None) as bar:
@@ -1016,7 +1023,7 @@ def pack_shards(args: argparse.Namespace) -> int:
             with bar.external_write_mode():  # one write a line: other workers write, too
                 print(line + "\n", end="", file=stream, flush=True)
     if not args.run:
-        sync_folder(output)
+        sync_folder(run.output)
     return 1 if failed else 0
 
 
@@ -1024,7 +1031,9 @@ def pack_shards(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    if args.start:
+    if args.start is not None:
+        if len(args.start) < 2:
+            raise Refused("--start is a step of run_parallel.sh: use that")
         start_script(*args.start)
     elif args.publish:
         print(finish_run(load_run(args.publish)))

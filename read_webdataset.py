@@ -126,11 +126,12 @@ class Report(NamedTuple):
 
     path: str
     size: int
-    keys: Sequence[str]  # in order; empty where the shard is proved to be what it must be
+    keys: Sequence[str]  # in order; none where it is proved: they are those of the source
     samples: int
     field_sets: Mapping[tuple[str, ...], str]  # fields -> a key that has them
     faults: Sequence[tuple[str, str]]
     sound: bool  # webdataset can read it
+    proved: bool = False  # byte for byte what the source makes it
 
 
 def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
@@ -224,7 +225,7 @@ def check_shard(task: Task) -> Report:
                 core.write_samples(Comparison(stream), task.source, task.samples, task.fields)
                 if not stream.read(1):
                     fields = {tuple(task.fields): core.sample_key(task.samples[0])}
-                    return Report(task.path, size, (), len(task.samples), fields, (), True)
+                    return Report(task.path, size, (), len(task.samples), fields, (), True, True)
             except Damaged:
                 stream.seek(0)
         return take_apart(task, stream, size)
@@ -397,7 +398,7 @@ def compare_shards(
                 faults["fields differ from those of other samples"].append(detail)
     if listed is None:
         return
-    proved = {shard_id(report.path) for report in reports if report.samples and not report.keys}
+    proved = {shard_id(report.path) for report in reports if report.proved}
     for place, sample in enumerate(listed):
         key, home = core.sample_key(sample), place % total
         found = places.pop(key, None)

@@ -146,6 +146,12 @@ def test_unreadable_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.parametrize("rest", [[], ["bash"]])
+def test_a_start_by_hand(rest: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert core.main(["--start", *rest]) == 2
+    assert "run_parallel.sh" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("missing", ["--source", "--output", "--total-shards", "--shard-id"])
 def test_required_flags(missing: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     flags = {"--source": str(tmp_path), "--output": "o", "--total-shards": "1", "--shard-id": "0"}

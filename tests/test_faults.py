@@ -233,7 +233,7 @@ def test_an_error_in_a_large_file_names_it() -> None:
 
 
 def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
-    run = core.Run(str(tmp_path), "", (), 1_000, [], 0, 0, 0.0)
+    run = core.Run(str(tmp_path), "", (), 1_000, 0.0, [], 0, 0)
     with pytest.raises(core.Failed, match=r"1,000 shards \(0, 1, 2, 3, 4, \.\.\.\).*--resume"):
         core.finish_run(run)
 
