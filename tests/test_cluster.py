@@ -73,6 +73,9 @@ def test_all_nodes_work(source, expected, cluster, tmp_path, monkeypatch, capfd)
 
     def noting(run: core.Run, shard_id: int, samples: list[str]) -> core.Shard:
         once(nodes / ray.get_runtime_context().get_node_id())
+        deadline = time.monotonic() + 20
+        while len(os.listdir(nodes)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)  # two nodes could do it all before the third has started a worker
         assert not run.samples and len(samples) <= 79, "a task gets its own names alone"
         shipped = [path for path in sys.path if "py_modules_files" in path]
         assert any(os.path.exists(f"{path}/create_webdataset.py") for path in shipped)

@@ -62,6 +62,7 @@ def kill_self(_: reader.Task) -> None:
 def test_a_killed_process(good: tuple[Path, Path], capfd, monkeypatch) -> None:
     """As when memory runs out."""
     monkeypatch.setattr(reader, "check_shard", kill_self)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Ray driver that ran here has set its own
     assert reader.main(["--path", str(good[1]), "--quiet", "--num-workers=2"]) == 1
     out, err = capfd.readouterr()
     assert not out and "a checking process was killed" in err and err.count("\n") == 1
