@@ -17,16 +17,16 @@ from typing import Any, NoReturn
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run to end: no traceback
-import create_webdataset as core
-from create_webdataset import Failed, Refused, Run, Shard
-
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported
 try:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     from tqdm import tqdm
+
+    import create_webdataset as core
+    from create_webdataset import Failed, Refused, Run, Shard
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing.name} {core.INSTALL}")
+    sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
 
 HERE = Path(__file__).resolve().parent
 MODULES = [str(HERE / "create_webdataset.py"), str(HERE / "create_with_ray.py")]

@@ -23,16 +23,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
-import create_webdataset as core
-from create_webdataset import Failed, Refused
-
 try:
     import webdataset as wds
     from PIL import Image, ImageDraw, ImageOps
     from tqdm import tqdm
     from webdataset.tariterators import base_plus_ext
+
+    import create_webdataset as core
+    from create_webdataset import Failed, Refused
 except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing.name} {core.INSTALL}")
+    sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
 
 IMAGE_FIELDS = {"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
 # Formats that Pillow decodes itself: for some others (EPS) it runs programs.

@@ -355,8 +355,9 @@ def test_as_a_script(tmp_path: Path) -> None:
     assert run_script("create_webdataset.py", "--help").returncode == 0
 
 
-def test_without_webdataset_says_how_to_install(tmp_path: Path) -> None:
-    command = [sys.executable, "-S", "-E", str(Path(core.__file__)), "--help"]
+@pytest.mark.parametrize("name", ["create_webdataset", "create_with_ray", "read_webdataset"])
+def test_without_webdataset_says_how_to_install(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-S", "-E", str(Path(core.__file__).with_stem(name)), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
