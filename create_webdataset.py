@@ -46,6 +46,7 @@ except ModuleNotFoundError as missing:
 
 SHARD_PATTERN = re.compile(r"shard-(\d{6})\.tar")
 MAX_SHARDS = 1_000_000
+NUM_WORKERS = 4  # of a driver, unless told otherwise
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8
 Progress = Callable[[int], object]  # is told how many more samples are done
 
@@ -962,7 +963,8 @@ def build_driver_parser(usage: str, description: str, examples: str) -> argparse
     add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
     add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
     add = parser.add_argument_group("the work").add_argument
-    add("--num-workers", metavar="N", type=int, help="processes, or tasks at a time (default: 4)")
+    workers = f"processes, or tasks at a time (default: {NUM_WORKERS})"
+    add("--num-workers", metavar="N", type=int, help=workers)
     add("--num-shards", metavar="N", type=int, help="shards (default: as many as workers)")
     parser.set_defaults(source=here / "source_data", output=here / "webdataset_output")
     return parser
@@ -972,7 +974,8 @@ def plan_driver_run(args: argparse.Namespace) -> Run:
     """Check the flags of a driver, and everything that its run needs; nothing is written."""
     if args.num_workers is not None and not 1 <= args.num_workers < 10**7:
         raise Refused(f"--num-workers {args.num_workers}: not a number from 1")
-    args.total_shards = args.num_shards if args.num_shards is not None else args.num_workers or 4
+    workers = args.num_workers or NUM_WORKERS
+    args.total_shards = args.num_shards if args.num_shards is not None else workers
     return plan_run(args)
 
 
@@ -987,7 +990,7 @@ def start_script(bash: str, script: str, *argv: str) -> NoReturn:
     run = plan_driver_run(args)
     os.set_inheritable(start_run(run, args.resume), True)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, others should not
-    workers = min(args.num_workers or 4, run.total_shards)
+    workers = min(args.num_workers or NUM_WORKERS, run.total_shards)
     os.execvp(bash, [bash, script, "--staged", str(workers), run.staging])
 
 

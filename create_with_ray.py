@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a run to end: no traceback
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported
 try:
@@ -57,7 +57,7 @@ def connect(address: str | None, num_workers: int | None) -> int:
     """
     options: dict[str, Any] = {"runtime_env": {"py_modules": MODULES}}
     if address is None:
-        num_workers = num_workers or 4
+        num_workers = num_workers or core.NUM_WORKERS
         options = {"num_cpus": num_workers, "include_dashboard": False}
     try:  # "local": never a cluster that happens to run here
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)

@@ -98,12 +98,11 @@ def run(contestant: Contestant, log: Path) -> Figures:
     cpu += wait_for_orphans()
     if failed:
         raise Skipped(f"exit code {failed}: {last_line(log)}")
-    done = re.findall(r"^done at ([\d.]+)", log.read_text(errors="replace"), re.M)
-    if (
-        contestant.go and done
-    ):  # what its interpreter takes to end is no more counted than its start
+    said = log.read_text(errors="replace")
+    done = re.findall(r"^done at ([\d.]+)", said, re.M)
+    if contestant.go and done:  # the end of its interpreter counts no more than its start
         end = max(map(float, done))
-    imported = re.findall(r"^imported at ([\d.]+)", log.read_text(errors="replace"), re.M)
+    imported = re.findall(r"^imported at ([\d.]+)", said, re.M)
     started = begin if contestant.go or not imported else float(min(imported, key=float))
     if not contestant.waited_for:
         return Figures(end - begin, end - started, math.nan, math.nan)
