@@ -994,10 +994,17 @@ def start_script(bash: str, script: str, *argv: str) -> NoReturn:
     os.execvp(bash, [bash, script, "--staged", str(workers), run.staging])
 
 
+def progress_bar(total: int, row: int) -> Any:
+    """Return a tqdm bar in that row of the terminal; None if there is no terminal."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm  # here: to import it takes as long as to pack a thousand samples
+
+    return tqdm(total=total, unit=" samples", position=row)
+
+
 def pack_shards(args: argparse.Namespace) -> int:
     """Pack shards I, I+K, ... of a staged run, or straight into --output, and report each."""
-    from tqdm import tqdm  # here, since the nodes of a Ray cluster need only webdataset
-
     driver, failed = os.getppid(), False
     if args.shard_step is not None and args.shard_step < 1:
         raise Refused(f"--shard-step {args.shard_step}: not a number from 1")
@@ -1012,18 +1019,19 @@ def pack_shards(args: argparse.Namespace) -> int:
         remove_partials(run.output, shard_ids)
         pack = functools.partial(pack_into, run.output, run)
     total = sum(len(run.shard_samples(shard_id)) for shard_id in shard_ids)
-    row = args.shard_id if args.run else 0
-    with tqdm(total=total, unit=" samples", position=row, disable=None) as bar:
+    bar = progress_bar(total, args.shard_id if args.run else 0)
+    with bar or contextlib.nullcontext():
         for shard_id in shard_ids:
             if args.run and os.getppid() != driver:
                 raise Failed("the driver is gone, so its workers stop")
             try:
-                line = report(pack(shard_id, run.shard_samples(shard_id), bar.update))
+                line = report(pack(shard_id, run.shard_samples(shard_id), bar and bar.update))
                 stream = sys.stdout
             except (Failed, OSError) as error:
                 line = f"Shard {shard_id} failed: {explain(error)}"
                 stream, failed = sys.stderr, True
-            with bar.external_write_mode():  # one write a line: other workers write, too
+            with bar.external_write_mode() if bar else contextlib.nullcontext():
+                # One write a line: other workers write, too.
                 print(line + "\n", end="", file=stream, flush=True)
     if not args.run:
         sync_folder(run.output)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -120,6 +125,30 @@ def test_usage(flags: list[str], message: str, script: str, tmp_path: Path, capf
     assert (code, out) == (2, "")
     assert message in err and err.count("\n") == 1, err
     assert not (tmp_path / "output").exists()
+
+
+def test_progress_on_a_terminal(source_1003: Path, tmp_path: Path) -> None:
+    """A bar on stderr, which does not tear the lines of stdout apart; test_usage sees no bar."""
+    flags = ["--source", source_1003, "--output", tmp_path, "--num-workers", "2"]
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with subprocess.Popen(
+        [ROOT / "run_parallel.sh", *flags],
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+    ) as process:
+        os.close(stderr)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal, on Linux
+            while piece := os.read(terminal, 1 << 16):
+                shown += piece
+        out, _ = process.communicate(timeout=120)
+    os.close(terminal)
+    assert process.returncode == 0 and b"502/502 [" in shown and b"Traceback" not in shown, shown
+    counts = "Shard 0 created with 502 samples.", "Shard 1 created with 501 samples."
+    assert sorted(out.splitlines()[:2]) == sorted(counts)
 
 
 @pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
