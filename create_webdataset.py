@@ -661,6 +661,7 @@ class Run(NamedTuple):
     def shard_samples(self, shard_id: int) -> Sequence[str]:
         """Return the samples of one shard."""
         return self.samples[shard_id :: self.total_shards]
+    driver: int  # id of the process that ends its workers when it ends
 
 
 def plan_run(args: argparse.Namespace) -> Run:
@@ -682,7 +683,8 @@ def plan_run(args: argparse.Namespace) -> Run:
     check_shard_numbers(args.total_shards, len(listing.samples))
     check_output(output, source, fields)
     staging = os.path.join(output, STAGING + secrets.token_hex(8))
-    return Run(staging, source, fields, args.total_shards, started, **listing._asdict())
+    plan = staging, source, fields, args.total_shards, started, os.getpid()
+    return Run(*plan, **listing._asdict())
 
 
 def start_run(run: Run, resume: bool) -> int:
@@ -1005,7 +1007,7 @@ def progress_bar(total: int, row: int) -> Any:
 
 def pack_shards(args: argparse.Namespace) -> int:
     """Pack shards I, I+K, ... of a staged run, or straight into --output, and report each."""
-    driver, failed = os.getppid(), False
+    failed = False
     if args.shard_step is not None and args.shard_step < 1:
         raise Refused(f"--shard-step {args.shard_step}: not a number from 1")
     run = load_run(args.run) if args.run else plan_run(args)
@@ -1022,7 +1024,7 @@ def pack_shards(args: argparse.Namespace) -> int:
     bar = progress_bar(total, args.shard_id if args.run else 0)
     with bar or contextlib.nullcontext():
         for shard_id in shard_ids:
-            if args.run and os.getppid() != driver:
+            if args.run and os.getppid() != run.driver:
                 raise Failed("the driver is gone, so its workers stop")
             try:
                 line = report(pack(shard_id, run.shard_samples(shard_id), bar and bar.update))

@@ -233,9 +233,21 @@ def test_an_error_in_a_large_file_names_it() -> None:
 
 
 def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
-    run = core.Run(str(tmp_path), "", (), 1_000, 0.0, [], 0, 0)
+    run = core.Run(str(tmp_path), "", (), 1_000, 0.0, 0, [], 0, 0)
     with pytest.raises(core.Failed, match=r"1,000 shards \(0, 1, 2, 3, 4, \.\.\.\).*--resume"):
         core.finish_run(run)
+
+
+def test_a_worker_whose_driver_died_first_packs_nothing(tmp_path: Path) -> None:
+    """As after kill -9 of run_parallel.sh while its workers import."""
+    source = write_pairs(tmp_path / "source", 2)
+    args = ["--source", str(source), "--output", str(tmp_path / "o"), "--total-shards", "2"]
+    run = core.plan_run(core.build_parser().parse_args(args))._replace(driver=-1)
+    os.close(core.start_run(run, resume=False))
+    done = run_script("create_webdataset.py", "--run", run.staging, "--shard-id=0")
+    assert (done.returncode, done.stdout) == (1, ""), done
+    assert "run_parallel.sh: error: the driver is gone" in done.stderr
+    assert os.listdir(run.staging) == [core.PLAN]
 
 
 def test_second_run_stops_at_once(old_and_new: tuple[Path, Path, Path], tmp_path: Path) -> None:
