@@ -82,6 +82,18 @@ class Parser(argparse.ArgumentParser):
         raise Refused(f"{message} (see --help)")
 
 
+def number_from(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
+    """Return the type of a flag that takes a whole number in this range."""
+    wanted = f"a number from {least}" + (f" to {most:,}" if most < sys.maxsize else "")
+
+    def number(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return int(text)
+
+    return number
+
+
 def explain(error: BaseException) -> str:
     """Say in one line what failed and, where it is known, the cure."""
     if isinstance(error, OSError) and error.strerror:
@@ -148,7 +160,7 @@ class Listing(NamedTuple):
     ignored: int  # names that are no part of a sample
 
 
-INCOMPLETE = "samples that lack a field; add it, or drop them with --skip-incomplete"
+INCOMPLETE = "samples that lack a field; --fields are {}: add them, or use --skip-incomplete"
 DUPLICATE = "files whose key and field another has, in upper or lower case; rename them"
 DOTTED = "names with a dot before the field, which readers take for another key; rename them"
 RESERVED = "names that begin with __, which readers drop; rename them"
@@ -199,7 +211,7 @@ def list_samples(
     samples, faults = scan.samples, scan.faults
     skipped = len(faults.pop(INCOMPLETE, ())) if skip_incomplete else 0
     for problem, names in faults.items():
-        what, _, cure = problem.partition("; ")
+        what, _, cure = problem.format(",".join(fields)).partition("; ")
         first = ", ".join(repr(name[-100:]) for name in heapq.nsmallest(5, names))
         raise Refused(f"--source {os.fspath(source)!r} has {what}: {len(names)} ({first}); {cure}")
     if not samples:
@@ -638,7 +650,7 @@ RESUMED = {  # what must be the same in a run that goes on with the shards of an
     "total_shards": "number of shards",
     "samples": "samples, or --shuffle",
 }
-INTERRUPTED = "publishing was interrupted; run the same command again"
+INTERRUPTED = "publishing was interrupted; run the same command again, the one that packed"
 
 
 class Run(NamedTuple):
@@ -649,6 +661,7 @@ class Run(NamedTuple):
     fields: Sequence[str]
     total_shards: int
     started: float  # seconds since the epoch
+    driver: int  # id of the process that ends its workers when it ends
     samples: Sequence[str]  # this and what follows: see Listing
     skipped: int
     ignored: int
@@ -661,7 +674,6 @@ class Run(NamedTuple):
     def shard_samples(self, shard_id: int) -> Sequence[str]:
         """Return the samples of one shard."""
         return self.samples[shard_id :: self.total_shards]
-    driver: int  # id of the process that ends its workers when it ends
 
 
 def plan_run(args: argparse.Namespace) -> Run:
@@ -947,7 +959,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
     add("--shard-id", metavar="I", type=int, help="the shard to pack, from 0")
     add("--total-shards", metavar="N", type=int, help="number of shards")
-    add("--shard-step", metavar="K", type=int, help="pack shards I, I+K, I+2K, ...")
+    add("--shard-step", metavar="K", type=number_from(1), help="pack shards I, I+K, I+2K, ...")
     add = parser.add_argument_group("steps of run_parallel.sh").add_argument
     add("--start", metavar="SCRIPT", nargs=argparse.REMAINDER, help="check, lock and stage a run")
     add("--run", metavar="STAGING", help="pack shards of the run that is staged there")
@@ -966,7 +978,7 @@ def build_driver_parser(usage: str, description: str, examples: str) -> argparse
     add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
     add = parser.add_argument_group("the work").add_argument
     workers = f"processes, or tasks at a time (default: {NUM_WORKERS})"
-    add("--num-workers", metavar="N", type=int, help=workers)
+    add("--num-workers", metavar="N", type=number_from(1, MAX_SHARDS), help=workers)
     add("--num-shards", metavar="N", type=int, help="shards (default: as many as workers)")
     parser.set_defaults(source=here / "source_data", output=here / "webdataset_output")
     return parser
@@ -974,8 +986,6 @@ def build_driver_parser(usage: str, description: str, examples: str) -> argparse
 
 def plan_driver_run(args: argparse.Namespace) -> Run:
     """Check the flags of a driver, and everything that its run needs; nothing is written."""
-    if args.num_workers is not None and not 1 <= args.num_workers < 10**7:
-        raise Refused(f"--num-workers {args.num_workers}: not a number from 1")
     workers = args.num_workers or NUM_WORKERS
     args.total_shards = args.num_shards if args.num_shards is not None else workers
     return plan_run(args)
@@ -1008,8 +1018,6 @@ def progress_bar(total: int, row: int) -> Any:
 def pack_shards(args: argparse.Namespace) -> int:
     """Pack shards I, I+K, ... of a staged run, or straight into --output, and report each."""
     failed = False
-    if args.shard_step is not None and args.shard_step < 1:
-        raise Refused(f"--shard-step {args.shard_step}: not a number from 1")
     run = load_run(args.run) if args.run else plan_run(args)
     check_shard_numbers(run.total_shards, len(run.samples), args.shard_id)
     shard_ids = range(args.shard_id, run.total_shards, args.shard_step or run.total_shards)
@@ -1044,6 +1052,8 @@ def pack_shards(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
+    if args.start is not None or args.run or args.publish:
+        sys.argv[0] = "run_parallel.sh"  # these are its steps, and so it signs their errors
     if args.start is not None:
         if len(args.start) < 2:
             raise Refused("--start is a step of run_parallel.sh: use that")

@@ -45,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     examples = core.DRIVER_EXAMPLES.format(script="python create_with_ray.py") + EXAMPLES
     parser = core.build_driver_parser("create_with_ray.py [options]", __doc__ or "", examples)
     add = parser.add_argument_group("a cluster that runs already").add_argument
-    add("--address", metavar="A", help="auto or HOST:PORT; --num-workers is then all its CPUs")
+    what = "auto or HOST:PORT; needs --num-shards; --num-workers is all its CPUs unless given"
+    add("--address", metavar="A", help=what)
     return parser
 
 

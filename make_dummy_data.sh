@@ -9,8 +9,12 @@ python=${PYTHON:-$here/.venv/bin/python}
 
 count=${1:-10}
 directory=${2:-$here/source_data}
-if (($# > 2)) || ! [[ $count =~ ^[0-9]{1,9}$ ]]; then
-  echo 'usage: make_dummy_data.sh [count=10] [directory=source_data]' >&2
+usage='usage: make_dummy_data.sh [count=10] [directory=source_data]'
+if [[ $count == -h || $count == --help ]]; then
+  echo "$usage"
+  exit 0
+elif (($# > 2)) || ! [[ $count =~ ^[0-9]{1,9}$ ]]; then
+  echo "$usage" >&2
   exit 2
 fi
 

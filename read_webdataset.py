@@ -438,7 +438,7 @@ def read_samples(shards: Sequence[str], limit: int | None) -> Iterator[dict[str,
     dataset = plain_dataset(
         shards, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
     )
-    return islice(dataset, None if limit is None else min(limit, sys.maxsize))
+    return islice(dataset, limit)
 
 
 def one_line(text: str) -> str:
@@ -598,12 +598,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = core.Parser(USAGE, __doc__ or "", EXAMPLES)
     parser.add_argument("--path", required=True, metavar="DIR", help="folder of the shards")
     add = parser.add_argument_group("what to show").add_argument
-    add("--limit", metavar="N", type=int, help="show the first N samples (default: all)")
+    number = core.number_from
+    add("--limit", metavar="N", type=number(0), help="show the first N samples (default: all)")
     add("--quiet", action="store_true", help="print the summary alone")
     add("--preview", metavar="FILE", help="draw the first samples (--limit, or 16) of all shards")
     add = parser.add_argument_group("what to check").add_argument
     add("--decode", action="store_true", help="decode every image in full")
-    add("--num-workers", metavar="N", type=int, default=1, help="processes (default: %(default)s)")
+    workers = "processes (default: %(default)s)"
+    add("--num-workers", metavar="N", type=number(1, core.MAX_SHARDS), default=1, help=workers)
     core.add_source_arguments(parser, "the source to prove the shards against, if any")
     return parser
 
@@ -612,8 +614,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    if args.num_workers < 1 or (args.limit is not None and args.limit < 0):
-        raise Refused("--num-workers is a number from 1, --limit one from 0")
     faults: Faults = defaultdict(list)
     names = find_shards(args.path, faults)
     paths = [os.path.join(args.path, name) for name in names]

@@ -130,7 +130,10 @@ def test_huge_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     core.create_webdataset(source, tmp_path / "o", 0, 1)
     many = "9" * 30
     path = ["--path", str(tmp_path / "o"), "--quiet"]
-    assert reader.main([*path, "--num-workers", many, "--limit", many]) == 0
+    assert reader.main([*path, "--num-workers", "1000000", "--limit", str(sys.maxsize)]) == 0
+    for flag, wrong in (("--num-workers", "0"), ("--num-workers", many), ("--limit", "-1")):
+        assert reader.main([*path, flag, wrong]) == 2
+        assert f"{flag}: {wrong} is not a number from " in capfd.readouterr().err
     flags = ["--source", str(source), "--output", str(tmp_path / "new")]
     assert create_with_ray.main([*flags, "--num-workers", many, "--num-shards", "1"]) == 2
     assert core.main([*flags, "--total-shards", many, "--shard-id", "0"]) == 2

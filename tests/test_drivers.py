@@ -98,8 +98,9 @@ def test_odd_folder_names(name: str, tmp_path: Path) -> None:
 
 
 USAGE = [
-    (["--num-workers", "0"], "--num-workers 0: not a number from 1"),
-    (["--num-workers", "x"], "--num-workers"),
+    (["--num-workers", "0"], "--num-workers: 0 is not a number from 1"),
+    (["--num-workers", "x"], "--num-workers: invalid number value: 'x'"),
+    (["--num-workers", "9" * 30], "99 is not a number from 1 to 1,000,000"),
     (["--num-shards", "0"], "shards"),
     (["--num-shards", "1000001"], "choose a number from 1 to 1,000,000"),
     (["--num-shards", "99"], "99 shards for 3 samples"),
@@ -124,6 +125,7 @@ def test_usage(flags: list[str], message: str, script: str, tmp_path: Path, capf
         out, err = capfd.readouterr()
     assert (code, out) == (2, "")
     assert message in err and err.count("\n") == 1, err
+    assert script != "run_parallel.sh" or err.startswith("run_parallel.sh: error: "), err
     assert not (tmp_path / "output").exists()
 
 
@@ -222,6 +224,7 @@ def test_dummy_data(tmp_path: Path) -> None:
     done = run_script("make_dummy_data.sh", "13", folder)
     assert done.returncode == 0 and "2 files made" in done.stdout
     assert before.items() <= hashes(folder).items()
+    assert run_script("make_dummy_data.sh", "--help").stdout.startswith("usage: ")
     for wrong in (["x"], ["-1"], ["1", "2", "3"]):
         assert run_script("make_dummy_data.sh", *wrong).returncode == 2
     assert run_script("make_dummy_data.sh", "1", "/proc/no").returncode == 1

@@ -57,7 +57,8 @@ def plain(text: str, project: Path) -> list[str]:
 def test_quick_start(project: Path) -> None:
     """`make demo`, line by line, and then each command of the sections that follow."""
     block = README.split("$ make demo\n")[1].split("```")[0]
-    pasted = block.splitlines()
+    *pasted, dots = block.splitlines()
+    assert dots == "..."
     commands = [n for n, line in enumerate(pasted) if line.startswith(("./", ".venv/"))]
     for begin, end in zip(commands, [*commands[1:], len(pasted)], strict=True):
         printed = plain(run(pasted[begin].replace(".venv/bin/", ""), project), project)
