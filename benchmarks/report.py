@@ -177,6 +177,8 @@ def ratio(
 TARGETS = (
     ratio("pack", "ours, 1 process", "GNU tar, 1 process", "; aim 0.9", most=1.1),
     ratio("pack", "plain loop, 1 process", "ours, 1 process", "; aim 10", least=7),
+    ratio("pack", "plain loop, 1 process", "GNU tar, 1 process"),
+    ratio("pack", "plain loop, 1 process", "C floor, 1 process"),
     ratio("pack", "ours, 2 processes", "GNU tar, 2 processes", "; aim 0.9", most=1.1),
     ratio("pack", "ours, 2 processes", "C floor, 2 processes", most=2),
     ratio("pack", "ours, listing alone", "ours, 1 process"),
