@@ -27,9 +27,9 @@ import sys
 import tarfile
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import compress, cycle, islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -642,7 +642,8 @@ def create_webdataset(
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 LOCK = ".webdataset.lock"
-PLAN = "run.json"
+PLAN = "plan"
+NEWLINE = "\0/"  # stands for one in a plan; no sample holds it: a NUL begins an extension
 PROOFS = "proofs-"
 RESUMED = {  # what must be the same in a run that goes on with the shards of another
     "source": "--source",
@@ -654,7 +655,7 @@ INTERRUPTED = "publishing was interrupted; run the same command again, the one t
 
 
 class Run(NamedTuple):
-    """One run: the listing that its workers share, and the folder in which its shards wait."""
+    """One run: what its workers share, and the folder in which its shards wait."""
 
     staging: str
     source: str
@@ -662,18 +663,15 @@ class Run(NamedTuple):
     total_shards: int
     started: float  # seconds since the epoch
     driver: int  # id of the process that ends its workers when it ends
-    samples: Sequence[str]  # this and what follows: see Listing
-    skipped: int
+    skipped: int  # this and the next: see Listing
     ignored: int
+    total_samples: int
+    samples: Sequence[str] = ()  # all of them, where the run is planned; workers load their own
 
     @property
     def output(self) -> str:
         """The folder that the shards go to in the end."""
         return os.path.dirname(self.staging)
-
-    def shard_samples(self, shard_id: int) -> Sequence[str]:
-        """Return the samples of one shard."""
-        return self.samples[shard_id :: self.total_shards]
 
 
 def plan_run(args: argparse.Namespace) -> Run:
@@ -695,8 +693,8 @@ def plan_run(args: argparse.Namespace) -> Run:
     check_shard_numbers(args.total_shards, len(listing.samples))
     check_output(output, source, fields)
     staging = os.path.join(output, STAGING + secrets.token_hex(8))
-    plan = staging, source, fields, args.total_shards, started, os.getpid()
-    return Run(*plan, **listing._asdict())
+    numbers = args.total_shards, started, os.getpid(), listing.skipped, listing.ignored
+    return Run(staging, source, fields, *numbers, len(listing.samples), listing.samples)
 
 
 def start_run(run: Run, resume: bool) -> int:
@@ -721,8 +719,9 @@ def start_run(run: Run, resume: bool) -> int:
             remove_staging(old)
     os.makedirs(run.staging, exist_ok=True)
     plan = os.path.join(run.staging, PLAN)
-    with naming(plan), open(f"{plan}-new", "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(run._asdict()))
+    with naming(plan), open(f"{plan}-new", "w", encoding="utf-8", newline="\n") as stream:
+        stream.write(json.dumps(run._replace(samples=())) + "\n")
+        stream.writelines(sample.replace("\n", NEWLINE) + "\n" for sample in run.samples)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(f"{plan}-new", plan)  # at no time is there less than the plan of the shards there
@@ -730,14 +729,21 @@ def start_run(run: Run, resume: bool) -> int:
 
 
 def load_run(staging: str) -> Run:
-    """Read the run that `start_run` left in a staging folder."""
+    """Read the run that `start_run` left in a staging folder, without its samples."""
     plan = os.path.join(staging, PLAN)
     try:
-        with open(plan, encoding="utf-8") as stream:
-            run = Run(**{**json.load(stream), "staging": staging})
-            return run._replace(fields=tuple(run.fields))
+        with open(plan, encoding="utf-8", newline="\n") as stream:
+            run = Run(*json.loads(stream.readline()))
+            return run._replace(staging=staging, fields=tuple(run.fields))
     except (ValueError, TypeError):
         raise Failed(f"{plan!r} is damaged; remove its folder") from None
+
+
+def load_samples(staging: str, chosen: Iterable[bool] = repeat(True)) -> Iterator[str]:
+    """Yield the chosen ones among the samples of the run that is staged there."""
+    with open(os.path.join(staging, PLAN), encoding="utf-8", newline="\n") as stream:
+        for line in compress(islice(stream, 1, None), chosen):
+            yield line[:-1].replace(NEWLINE, "\n")
 
 
 def check_output(output: str, source: str, fields: Sequence[str]) -> None:
@@ -798,7 +804,7 @@ def interrupted_publishing(output: str | os.PathLike[str]) -> bool:
 def same_run(old: str, run: Run) -> bool:
     """Tell whether the shards of an old staging folder can be kept; if not, say what differs."""
     try:
-        before = load_run(old)
+        before = load_run(old)._replace(samples=list(load_samples(old)))
     except (OSError, Failed):
         return False  # it ended before it packed anything
     differs = [RESUMED[name] for name in RESUMED if getattr(before, name) != getattr(run, name)]
@@ -892,7 +898,7 @@ def finish_run(run: Run) -> str:
     for number, handler in zip(stopping, handlers, strict=True):
         signal.signal(number, handler)
     return (
-        f"{len(run.samples):,} samples in {len(sizes):,} shards, {sum(sizes):,} bytes "
+        f"{run.total_samples:,} samples in {len(sizes):,} shards, {sum(sizes):,} bytes "
         f"(mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
         f"in {time.time() - run.started:.1f} s; "
         f"{run.ignored:,} names ignored, {run.skipped:,} incomplete samples skipped"
@@ -1019,7 +1025,7 @@ def pack_shards(args: argparse.Namespace) -> int:
     """Pack shards I, I+K, ... of a staged run, or straight into --output, and report each."""
     failed = False
     run = load_run(args.run) if args.run else plan_run(args)
-    check_shard_numbers(run.total_shards, len(run.samples), args.shard_id)
+    check_shard_numbers(run.total_shards, run.total_samples, args.shard_id)
     shard_ids = range(args.shard_id, run.total_shards, args.shard_step or run.total_shards)
     pack = functools.partial(pack_shard, run)
     if not args.run:
@@ -1028,14 +1034,16 @@ def pack_shards(args: argparse.Namespace) -> int:
             raise Failed(INTERRUPTED)
         remove_partials(run.output, shard_ids)
         pack = functools.partial(pack_into, run.output, run)
-    total = sum(len(run.shard_samples(shard_id)) for shard_id in shard_ids)
-    bar = progress_bar(total, args.shard_id if args.run else 0)
+    own = cycle([shard_id in shard_ids for shard_id in range(run.total_shards)])
+    # A worker keeps no others: there may be many workers, and many millions of samples.
+    samples = list(load_samples(args.run, own) if args.run else compress(run.samples, own))
+    bar = progress_bar(len(samples), args.shard_id if args.run else 0)
     with bar or contextlib.nullcontext():
-        for shard_id in shard_ids:
+        for place, shard_id in enumerate(shard_ids):
             if args.run and os.getppid() != run.driver:
                 raise Failed("the driver is gone, so its workers stop")
             try:
-                line = report(pack(shard_id, run.shard_samples(shard_id), bar and bar.update))
+                line = report(pack(shard_id, samples[place :: len(shard_ids)], bar and bar.update))
                 stream = sys.stdout
             except (Failed, OSError) as error:
                 line = f"Shard {shard_id} failed: {explain(error)}"

@@ -143,7 +143,8 @@ def pack_all(
     try:
         while True:
             for shard_id in islice(shard_ids, in_flight - len(running)):
-                running[task.remote(frame, shard_id, run.shard_samples(shard_id))] = shard_id
+                samples = run.samples[shard_id :: run.total_shards]
+                running[task.remote(frame, shard_id, samples)] = shard_id
             if not running:
                 return
             for done in ray.wait(list(running))[0]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 import random
 import resource
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -151,7 +153,7 @@ def test_kill_in_the_middle_of_publishing(
         run = core.plan_run(args)
         core.start_run(run, resume=False)
         for shard_id in range(SHARDS):
-            core.pack_shard(run, shard_id, run.shard_samples(shard_id))
+            core.pack_shard(run, shard_id, run.samples[shard_id::SHARDS])
         os.rename = rename_or_die
         os.unlink = lambda _path: os.kill(os.getpid(), signal.SIGKILL)
         core.finish_run(run)
@@ -221,7 +223,7 @@ def test_a_resume_that_fails_at_its_start_loses_nothing(tmp_path: Path) -> None:
     assert run_script("run_parallel.sh", *base).returncode == 1
     full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10, 10))
     done = run_script("run_parallel.sh", *base, "--resume", preexec_fn=full)
-    assert done.returncode == 1 and "run.json" in done.stderr and not done.stdout, done
+    assert done.returncode == 1 and "plan" in done.stderr and not done.stdout, done
     done = run_script("run_parallel.sh", *base, "--resume")
     assert done.returncode == 1 and done.stdout.count("kept") == 3, done
 
@@ -233,7 +235,7 @@ def test_an_error_in_a_large_file_names_it() -> None:
 
 
 def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
-    run = core.Run(str(tmp_path), "", (), 1_000, 0.0, 0, [], 0, 0)
+    run = core.Run(str(tmp_path), "", (), 1_000, 0.0, 0, 0, 0, 0)
     with pytest.raises(core.Failed, match=r"1,000 shards \(0, 1, 2, 3, 4, \.\.\.\).*--resume"):
         core.finish_run(run)
 
@@ -248,6 +250,22 @@ def test_a_worker_whose_driver_died_first_packs_nothing(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, ""), done
     assert "run_parallel.sh: error: the driver is gone" in done.stderr
     assert os.listdir(run.staging) == [core.PLAN]
+
+
+KEYS = st.text("a/\n\r\x85\u2028é ", min_size=1, max_size=6)
+SPELLED = st.lists(st.text("JPG\x01", min_size=1, max_size=3), max_size=2)
+
+
+@given(st.lists(st.builds(lambda key, extensions: "\0".join([key, *extensions]), KEYS, SPELLED)))
+def test_a_plan_gives_back_every_sample(samples: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        staging = os.path.join(folder, core.STAGING + "0" * 16)
+        run = core.Run(staging, "a\nb", ("jpg",), 3, 0.5, 7, 0, 0, len(samples), samples)
+        os.close(core.start_run(run, resume=False))
+        assert core.load_run(staging) == run._replace(samples=[])
+        assert list(core.load_samples(staging)) == samples
+        third = itertools.cycle([False, True, False])
+        assert list(core.load_samples(staging, third)) == samples[1::3]
 
 
 def test_second_run_stops_at_once(old_and_new: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -406,7 +424,7 @@ def test_synced_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     core.pack_shard(run, 0, run.samples)
     core.finish_run(run)
     assert calls[:7] == [
-        "sync run.json-new",
+        "sync plan-new",
         "sync .shard-00000",
         "show shard-000000.tar",  # in the staging folder
         "sync .webdataset-",
@@ -497,7 +515,7 @@ def home(folder: Path) -> Path:
         ".ssh/id", ".bashrc", "shard-0000000.tar", "shard-000000.tar.bak", "SHARD-000000.tar",
         "shard-00000a.tar", "thesis.tex", ".webdataset-notes/x", ".shard-000000",
         "work/shard-000001.tar",
-        ".webdataset-0123/publishing", "run.json", "publishing",
+        ".webdataset-0123/publishing", "plan", "publishing",
     ):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
