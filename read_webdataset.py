@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import os
 import random
@@ -118,7 +117,7 @@ class Task(NamedTuple):
     decode: bool = False
     source: str = ""
     fields: Sequence[str] = ()
-    samples: Sequence[str] | None = None  # that the source has for this shard
+    samples: Sequence[str] = ()  # that the source, if any, has for this shard
 
 
 class Report(NamedTuple):
@@ -236,7 +235,7 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
     faults: list[tuple[str, str]] = []
     keys: list[str] = []
     fields: dict[tuple[str, ...], str] = {}
-    expected = {core.sample_key(sample): sample for sample in task.samples or ()}
+    expected = {core.sample_key(sample): sample for sample in task.samples}
     current: set[str] = set()
     seen: set[str] = set()
 
@@ -316,19 +315,13 @@ def check_dataset(
 ) -> list[Report]:
     """Check every shard, in `--num-workers` processes, and what only shows across shards."""
     fields = core.parse_fields(args.fields)
-    listed: Sequence[str] | None = None
+    listed: Sequence[str] = ()  # a source that holds none is refused
     if args.source is not None:
         listed = core.list_samples(args.source, fields, args.skip_incomplete, args.shuffle).samples
     total = count_shards(path, names, listed)
     tasks = (
-        Task(
-            os.path.join(path, name),
-            args.decode,
-            args.source,
-            fields,
-            None if listed is None else listed[shard_id(name) :: total],
-        )
-        for name in names
+        Task(os.path.join(path, n), args.decode, args.source, fields, listed[shard_id(n) :: total])
+        for n in names
     )
     for number in sorted(set(range(total)) - {shard_id(name) for name in names}):
         faults["missing shard"].append(core.shard_name(number))
@@ -347,24 +340,24 @@ def check_in_parallel(tasks: Iterator[Task], num_workers: int) -> Iterator[Repor
     """Yield the report of each task, in order, from this process or from several."""
     if num_workers == 1:
         return map(check_shard, tasks)
-    ignore_interrupt = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(num_workers, initializer=ignore_interrupt)
+    ignore = signal.SIGINT, signal.SIG_IGN
+    pool = ProcessPoolExecutor(num_workers, initializer=signal.signal, initargs=ignore)
     return core.in_order(pool, check_shard, tasks, 2 * num_workers)
 
 
 def shard_id(name: str) -> int:
-    """Return the number of a shard from its name or path."""
-    return int(core.SHARD_PATTERN.sub(r"\1", os.path.basename(name)))
+    """Return the number in a shard's name."""
+    return int(name[len("shard-") : -len(".tar")])
 
 
-def count_shards(path: str, names: Sequence[str], listed: Sequence[str] | None) -> int:
+def count_shards(path: str, names: Sequence[str], listed: Sequence[str]) -> int:
     """Return how many shards the dataset must have had.
 
     The last ones may be missing; the first two keys of a shard, which lie `total` apart in the
     source, tell.
     """
     total = shard_id(names[-1]) + 1
-    if listed is None:
+    if not listed:
         return total
     keys: list[str] = []
     with open(os.path.join(path, names[0]), "rb") as stream, contextlib.suppress(Damaged):
@@ -379,7 +372,7 @@ def count_shards(path: str, names: Sequence[str], listed: Sequence[str] | None) 
 
 
 def compare_shards(
-    reports: Sequence[Report], listed: Sequence[str] | None, total: int, faults: Faults
+    reports: Sequence[Report], listed: Sequence[str], total: int, faults: Faults
 ) -> None:
     """Note keys in two shards, differing fields, and what a source has that they have not."""
     places: dict[str, str] = {}
@@ -396,20 +389,20 @@ def compare_shards(
             if fields != usual:
                 detail = f"{os.path.basename(report.path)}: {key!r} has {', '.join(fields)}"
                 faults["fields differ from those of other samples"].append(detail)
-    if listed is None:
+    if not listed:
         return
-    proved = {shard_id(report.path) for report in reports if report.proved}
+    homes = [core.shard_name(number) for number in range(total)]
+    proved = {os.path.basename(report.path) for report in reports if report.proved}
     for place, sample in enumerate(listed):
-        key, home = core.sample_key(sample), place % total
+        key, home = core.sample_key(sample), homes[place % total]
         found = places.pop(key, None)
-        if found is None and home not in proved:
-            faults["missing sample"].append(f"{key!r} of {core.shard_name(home)}")
-        elif found is not None and home in proved:
-            faults["key in two shards"].append(f"{key!r} in {core.shard_name(home)} and {found}")
-        elif found is not None and found != core.shard_name(home):
-            faults["sample in the wrong shard"].append(
-                f"{key!r} is in {found}, not {core.shard_name(home)}"
-            )
+        if home in proved:
+            if found:
+                faults["key in two shards"].append(f"{key!r} in {home} and {found}")
+        elif not found:
+            faults["missing sample"].append(f"{key!r} of {home}")
+        elif found != home:
+            faults["sample in the wrong shard"].append(f"{key!r} is in {found}, not {home}")
     for key, name in places.items():
         faults["extra sample, not in the source"].append(f"{key!r} in {name}")
 
