@@ -129,7 +129,7 @@ class Report(NamedTuple):
     samples: int
     field_sets: Mapping[tuple[str, ...], str]  # fields -> a key that has them
     faults: Sequence[tuple[str, str]]
-    sound: bool  # webdataset can read it
+    sound: bool = True  # webdataset can read it
     proved: bool = False  # byte for byte what the source makes it
 
 
@@ -224,7 +224,7 @@ def check_shard(task: Task) -> Report:
                 core.write_samples(Comparison(stream), task.source, task.samples, task.fields)
                 if not stream.read(1):
                     fields = {tuple(task.fields): core.sample_key(task.samples[0])}
-                    return Report(task.path, size, (), len(task.samples), fields, (), True, True)
+                    return Report(task.path, size, (), len(task.samples), fields, (), proved=True)
             except Damaged:
                 stream.seek(0)
         return take_apart(task, stream, size)
@@ -359,14 +359,12 @@ def count_shards(path: str, names: Sequence[str], listed: Sequence[str]) -> int:
     total = shard_id(names[-1]) + 1
     if not listed:
         return total
-    keys: list[str] = []
-    with open(os.path.join(path, names[0]), "rb") as stream, contextlib.suppress(Damaged):
-        for name, _ in read_members(stream, os.fstat(stream.fileno()).st_size):
-            key = base_plus_ext(name)[0]
-            if key and key not in keys:
-                keys.append(key)
-            if len(keys) == 2:
-                break
+    keys: set[str | None] = set()  # None: of a member that readers drop
+    first = os.path.join(path, names[0])
+    with open(first, "rb") as stream, contextlib.suppress(Damaged, StopIteration):
+        members = read_members(stream, os.fstat(stream.fileno()).st_size)
+        while len(keys - {None}) < 2:
+            keys.add(base_plus_ext(next(members)[0])[0])
     places = [place for place, sample in enumerate(listed) if core.sample_key(sample) in keys]
     return max(total, places[1] - places[0]) if len(places) == 2 else total
 
@@ -488,8 +486,8 @@ def draw_preview(shards: Sequence[str], limit: int, target: str) -> None:
         else:
             draw.rectangle((left + 8, top + 8, left + side - 8, top + side - 8), outline="red")
             draw.text((left + side / 2, top + side / 2), "not readable", fill="red", anchor="mm")
-        words = [*textwrap.wrap(sample_text(sample) if "txt" in sample else "", 24), "", ""]
-        for line, text in enumerate((one_line(sample["__key__"])[-24:], words[0], words[1])):
+        words = textwrap.wrap(sample_text(sample) if "txt" in sample else "", 24)
+        for line, text in enumerate((one_line(sample["__key__"])[-24:], *words[:2])):
             draw.text((left + 8, top + side + 13 * line), text, fill="black")
     try:
         sheet.save(target)
