@@ -47,7 +47,7 @@ Faults = defaultdict[str, list[str]]  # what is wrong -> where
 
 
 def find_shards(path: str, faults: Faults) -> list[str]:
-    """Return the names of the shards of a dataset, in order; note gaps, strays and folders.
+    """Return the paths of the shards of a dataset, in order; note strays and folders.
 
     Raises:
         Refused: there are none.
@@ -59,18 +59,18 @@ def find_shards(path: str, faults: Faults) -> list[str]:
             raise Failed(f"{path!r}: {core.INTERRUPTED}")
     except OSError as error:
         raise Refused(f"--path: {core.explain(error)}") from None
-    names = []
+    shards = []
     for entry in entries:
         if core.SHARD_PATTERN.fullmatch(entry.name):
             if entry.is_file():
-                names.append(entry.name)
+                shards.append(entry.path)
             else:
                 faults["not a file"].append(entry.name)
         elif re.fullmatch(r"shard-.*\.tar", entry.name, re.DOTALL):
             faults["stray file, which readers may take for a shard"].append(entry.name)
-    if not names:
+    if not shards:
         raise Refused(f"--path {path!r} has no shard-*.tar; pack some with ./run_parallel.sh")
-    return names
+    return shards
 
 
 def open_shards(urls: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -281,7 +281,7 @@ def check_content(
 ) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with the content of a member, compared with its file and with Pillow."""
     if sample is not None and field in task.fields:
-        path = core.sample_files(sample, task.fields)[list(task.fields).index(field)]
+        path = core.sample_files(sample, task.fields)[task.fields.index(field)]
         with open(os.path.join(task.source, path), "rb") as file:
             start = stream.tell()
             pieces = iter(lambda: file.read(1 << 20), b"")
@@ -310,24 +310,22 @@ def decode_problem(data: bytes) -> str:
 # ---------------------------------------------------------------- checking a dataset
 
 
-def check_dataset(
-    path: str, names: Sequence[str], args: argparse.Namespace, faults: Faults
-) -> list[Report]:
+def check_dataset(shards: Sequence[str], args: argparse.Namespace, faults: Faults) -> list[Report]:
     """Check every shard, in `--num-workers` processes, and what only shows across shards."""
     fields = core.parse_fields(args.fields)
     listed: Sequence[str] = ()  # a source that holds none is refused
     if args.source is not None:
         listed = core.list_samples(args.source, fields, args.skip_incomplete, args.shuffle).samples
-    total = count_shards(path, names, listed)
+    total = count_shards(shards, listed)
     tasks = (
-        Task(os.path.join(path, n), args.decode, args.source, fields, listed[shard_id(n) :: total])
-        for n in names
+        Task(shard, args.decode, args.source, fields, listed[shard_id(shard) :: total])
+        for shard in shards
     )
-    for number in sorted(set(range(total)) - {shard_id(name) for name in names}):
+    for number in sorted(set(range(total)) - set(map(shard_id, shards))):
         faults["missing shard"].append(core.shard_name(number))
     reports: list[Report] = []
-    with tqdm(total=len(names), unit=" shards", disable=None) as bar:
-        for report in check_in_parallel(tasks, min(args.num_workers, len(names))):
+    with tqdm(total=len(shards), unit=" shards", disable=None) as bar:
+        for report in check_in_parallel(tasks, min(args.num_workers, len(shards))):
             bar.update()
             reports.append(report)
             for kind, detail in report.faults:
@@ -345,23 +343,22 @@ def check_in_parallel(tasks: Iterator[Task], num_workers: int) -> Iterator[Repor
     return core.in_order(pool, check_shard, tasks, 2 * num_workers)
 
 
-def shard_id(name: str) -> int:
-    """Return the number in a shard's name."""
-    return int(name[len("shard-") : -len(".tar")])
+def shard_id(path: str) -> int:
+    """Return the number in a shard's name: 'folder/shard-000007.tar' -> 7."""
+    return int(path[-10:-4])
 
 
-def count_shards(path: str, names: Sequence[str], listed: Sequence[str]) -> int:
+def count_shards(shards: Sequence[str], listed: Sequence[str]) -> int:
     """Return how many shards the dataset must have had.
 
     The last ones may be missing; the first two keys of a shard, which lie `total` apart in the
     source, tell.
     """
-    total = shard_id(names[-1]) + 1
+    total = shard_id(shards[-1]) + 1
     if not listed:
         return total
     keys: set[str | None] = set()  # None: of a member that readers drop
-    first = os.path.join(path, names[0])
-    with open(first, "rb") as stream, contextlib.suppress(Damaged, StopIteration):
+    with open(shards[0], "rb") as stream, contextlib.suppress(Damaged, StopIteration):
         members = read_members(stream, os.fstat(stream.fileno()).st_size)
         while len(keys - {None}) < 2:
             keys.add(base_plus_ext(next(members)[0])[0])
@@ -559,11 +556,11 @@ def open_webdataset(
         Refused, Failed: there are no shards, or not just shards.
     """
     faults: Faults = defaultdict(list)
-    names = find_shards(os.fspath(path), faults)
+    shards = find_shards(os.fspath(path), faults)
     for kind, details in faults.items():
         raise Failed(f"{kind}: {details[0]}")
     dataset = plain_dataset(
-        [os.path.join(path, name) for name in names],
+        shards,
         shardshuffle=False,  # SplitShards does it, before it deals
         nodesplitter=SplitShards(shuffle > 0, seed),
         workersplitter=None,
@@ -606,11 +603,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
     faults: Faults = defaultdict(list)
-    names = find_shards(args.path, faults)
-    paths = [os.path.join(args.path, name) for name in names]
-    before = identify(paths)
+    shards = find_shards(args.path, faults)
+    before = identify(shards)
     try:
-        reports = check_dataset(args.path, names, args, faults)
+        reports = check_dataset(shards, args, faults)
     except BrokenProcessPool:
         raise Failed("a checking process was killed; is there memory for --num-workers?") from None
     sound = [report.path for report in reports if report.sound]
@@ -621,7 +617,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise Failed(f"webdataset cannot read a shard: {core.explain(error)}") from None
     if args.preview is not None:
         draw_preview(sound, 16 if args.limit is None else args.limit, args.preview)
-    if identify(paths) != before:
+    if identify(shards) != before:
         raise Failed(f"{args.path!r}: the dataset was replaced while it was read; run again")
     print_faults(faults)
     verdict = "OK" if not faults else f"{sum(map(len, faults.values())):,} faults"
