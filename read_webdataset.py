@@ -290,20 +290,21 @@ def check_content(
                 yield "bytes differ from the source", repr(f"{key}.{field}")
             stream.seek(start)
     if task.decode and field.rpartition(".")[2] in IMAGE_FIELDS:
-        problem = "too large" if length > MAX_IMAGE else decode_problem(stream.read(length))
-        if problem:
-            yield "image that cannot be decoded", f"{f'{key}.{field}'!r} ({problem})"
+        image = "too large" if length > MAX_IMAGE else open_image(stream.read(length))
+        if isinstance(image, str):
+            yield "image that cannot be decoded", f"{f'{key}.{field}'!r} ({image})"
 
 
-def decode_problem(data: bytes) -> str:
-    """Decode an image in full; return what is wrong with it, or nothing."""
+def open_image(data: bytes, decode: bool = True) -> Image.Image | str:
+    """Return an image, decoded in full or for its size alone, or else what is wrong with it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            warnings.simplefilter("error" if decode else "ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if decode:
                 image.load()
-        return ""
-    except Exception as error:  # Pillow's decoders raise nearly anything on hostile data
+        return image
+    except Exception as error:  # Pillow raises nearly anything on hostile data
         return type(error).__name__
 
 
@@ -443,13 +444,10 @@ def sample_text(sample: Mapping[str, Any]) -> str:
 
 def image_size(data: bytes) -> str:
     """Return the size of an image, and a note where Pillow cannot read it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return f"{image.width}x{image.height}, {len(data)} bytes"
-    except Exception as error:  # Pillow's readers raise nearly anything on hostile data
-        return f"{len(data)} bytes (not readable: {type(error).__name__})"
+    image = open_image(data, decode=False)
+    if isinstance(image, str):
+        return f"{len(data)} bytes (not readable: {image})"
+    return f"{image.width}x{image.height}, {len(data)} bytes"
 
 
 def print_sample(number: int, sample: Mapping[str, Any]) -> None:
@@ -475,14 +473,13 @@ def draw_preview(shards: Sequence[str], limit: int, target: str) -> None:
     for number, sample in enumerate(samples):
         left, top = number % columns * side, number // columns * (side + caption)
         images = [data for field, data in sample.items() if field in IMAGE_FIELDS]
-        if images and not decode_problem(images[0]):
-            with Image.open(io.BytesIO(images[0]), formats=FORMATS) as image:
-                thumbnail = ImageOps.contain(image.convert("RGB"), (side - 16, side - 16))
-            margin = (side - thumbnail.width) // 2, (side - thumbnail.height) // 2
-            sheet.paste(thumbnail, (left + margin[0], top + margin[1]))
-        else:
+        image = open_image(images[0]) if images else "no image"
+        if isinstance(image, str):
             draw.rectangle((left + 8, top + 8, left + side - 8, top + side - 8), outline="red")
             draw.text((left + side / 2, top + side / 2), "not readable", fill="red", anchor="mm")
+        else:
+            thumbnail = ImageOps.pad(image.convert("RGB"), (side - 16, side - 16), color="white")
+            sheet.paste(thumbnail, (left + 8, top + 8))
         words = textwrap.wrap(sample_text(sample) if "txt" in sample else "", 24)
         for line, text in enumerate((one_line(sample["__key__"])[-24:], *words[:2])):
             draw.text((left + 8, top + side + 13 * line), text, fill="black")
