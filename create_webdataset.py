@@ -933,11 +933,6 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 # ---------------------------------------------------------------- command line
 
 
-DRIVER_PURPOSE = "Pack a folder of samples into WebDataset shards, with background processes."
-DRIVER_EXAMPLES = """examples:
-  {script} --source raw --output out --num-workers 8 --num-shards 64
-  {script} --source raw --output out --num-workers 8 --num-shards 64 --resume
-"""
 USAGE = "create_webdataset.py --source DIR --output DIR --shard-id I --total-shards N [options]"
 EXAMPLES = """examples:
   python create_webdataset.py --source raw --output out --shard-id 0 --total-shards 4
@@ -973,10 +968,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_driver_parser(usage: str, description: str, examples: str) -> argparse.ArgumentParser:
+def build_driver_parser(command: str, purpose: str, example: str = "") -> argparse.ArgumentParser:
     """Return the flags that both drivers have."""
     where = "Unless told otherwise, from source_data to webdataset_output beside this script."
-    parser = Parser(usage, f"{description}\n{where}", examples)
+    usual = f"  {command} --source raw --output out --num-workers 8 --num-shards 64"
+    examples = f"examples:\n{usual}\n{usual} --resume\n{example}"
+    parser = Parser(f"{command} [options]", f"{purpose}\n{where}", examples)
     here = Path(__file__).resolve().parent
     add_source_arguments(parser)
     add = parser.add_argument_group("the output").add_argument
@@ -1002,9 +999,8 @@ def start_script(bash: str, script: str, *argv: str) -> NoReturn:
 
     The lock passes on to it, and from it to the workers, as with flock(1).
     """
-    examples = DRIVER_EXAMPLES.format(script="./run_parallel.sh")
-    parser = build_driver_parser("run_parallel.sh [options]", DRIVER_PURPOSE, examples)
-    args = parser.parse_args(argv)
+    purpose = "Pack a folder of samples into WebDataset shards, with background processes."
+    args = build_driver_parser("./run_parallel.sh", purpose).parse_args(argv)
     run = plan_driver_run(args)
     os.set_inheritable(start_run(run, args.resume), True)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, others should not

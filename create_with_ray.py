@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 MODULES = [str(HERE / "create_webdataset.py"), str(HERE / "create_with_ray.py")]
 RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
 HICCUPS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what network storage says for a while
-EXAMPLES = "  python create_with_ray.py --address 10.0.0.1:6379 --num-shards 1000\n"
+EXAMPLE = "  python create_with_ray.py --address 10.0.0.1:6379 --num-shards 1000\n"
 PROBE = "probe"  # a file in the staging folder that every node must be able to read
 
 
@@ -42,8 +42,7 @@ class Hiccup(Exception):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
-    examples = core.DRIVER_EXAMPLES.format(script="python create_with_ray.py") + EXAMPLES
-    parser = core.build_driver_parser("create_with_ray.py [options]", __doc__ or "", examples)
+    parser = core.build_driver_parser("python create_with_ray.py", __doc__ or "", EXAMPLE)
     add = parser.add_argument_group("a cluster that runs already").add_argument
     what = "auto or HOST:PORT; needs --num-shards; --num-workers is all its CPUs unless given"
     add("--address", metavar="A", help=what)
