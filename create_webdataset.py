@@ -822,11 +822,7 @@ def remove_partials(folder: str, shard_ids: Container[int] = range(MAX_SHARDS)) 
 
 
 def pack_into(
-    folder: str,
-    run: Run,
-    shard_id: int,
-    samples: Sequence[str],
-    progress: Progress | None = None,
+    folder: str, run: Run, shard_id: int, samples: Sequence[str], progress: Progress | None = None
 ) -> Shard:
     """Pack one shard of a run, given its samples, into a folder."""
     what = shard_id, run.total_shards, run.fields
@@ -1008,18 +1004,8 @@ def start_script(bash: str, script: str, *argv: str) -> NoReturn:
     os.execvp(bash, [bash, script, "--staged", str(workers), run.staging])
 
 
-def progress_bar(total: int, row: int) -> Any:
-    """Return a tqdm bar in that row of the terminal; None if there is no terminal."""
-    if not sys.stderr.isatty():
-        return None
-    from tqdm import tqdm  # here: to import it takes as long as to pack a thousand samples
-
-    return tqdm(total=total, unit=" samples", position=row)
-
-
 def pack_shards(args: argparse.Namespace) -> int:
     """Pack shards I, I+K, ... of a staged run, or straight into --output, and report each."""
-    failed = False
     run = load_run(args.run) if args.run else plan_run(args)
     check_shard_numbers(run.total_shards, run.total_samples, args.shard_id)
     shard_ids = range(args.shard_id, run.total_shards, args.shard_step or run.total_shards)
@@ -1033,7 +1019,13 @@ def pack_shards(args: argparse.Namespace) -> int:
     own = cycle([shard_id in shard_ids for shard_id in range(run.total_shards)])
     # A worker keeps no others: there may be many workers, and many millions of samples.
     samples = list(load_samples(args.run, own) if args.run else compress(run.samples, own))
-    bar = progress_bar(len(samples), args.shard_id if args.run else 0)
+    bar: Any = None
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # here: to import it takes as long as to pack a thousand samples
+
+        row = args.shard_id if args.run else 0
+        bar = tqdm(total=len(samples), unit=" samples", position=row)
+    failed = False
     with bar or contextlib.nullcontext():
         for place, shard_id in enumerate(shard_ids):
             if args.run and os.getppid() != run.driver:
@@ -1062,13 +1054,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(args.start) < 2:
             raise Refused("--start is a step of run_parallel.sh: use that")
         start_script(*args.start)
-    elif args.publish:
+    if args.publish:
         print(finish_run(load_run(args.publish)))
-    elif args.shard_id is None:
+        return 0
+    if args.shard_id is None:
         raise Refused("--shard-id is required (see --help)")
-    else:
-        return pack_shards(args)
-    return 0
+    return pack_shards(args)
 
 
 if __name__ == "__main__":
