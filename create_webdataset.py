@@ -230,7 +230,6 @@ class Scan:
 
     def __init__(self, source: str | os.PathLike[str], fields: Sequence[str]) -> None:
         self.source = source
-        self.fields = fields
         self.bits = {field: 1 << number for number, field in enumerate(fields)}
         self.endings = tuple("." + field for field in fields)
         self.folders = [""]  # to be listed, as "" or "cats/" below source
@@ -253,7 +252,7 @@ class Scan:
                     if entry.is_dir(follow_symlinks=False):
                         self.folders.append(f"{prefix}{name}/")
                         continue
-                    regular = leads_to_file(entry)
+                    regular = os.path.isfile(entry.path)  # a link to one?
                 stem, _, extension = name.partition(".")
                 bit = bits.get(extension) or bits.get(extension.lower())
                 if bit is None:
@@ -281,19 +280,9 @@ class Scan:
             elif bits != complete:
                 self.faults[INCOMPLETE].append(key)
             elif stem in spelled:
-                self.samples.append(
-                    "\0".join([key, *(spelled[stem].get(f, f) for f in self.fields)])
-                )
+                self.samples.append("\0".join([key, *(spelled[stem].get(f, f) for f in self.bits)]))
             else:
                 self.samples.append(key)
-
-
-def leads_to_file(entry: os.DirEntry[str]) -> bool:
-    """Tell whether an entry is a link to a regular file."""
-    try:
-        return entry.is_file()
-    except OSError:  # a link that leads in a circle
-        return False
 
 
 def key_fault(prefix: str, stem: str) -> str:
