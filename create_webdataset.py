@@ -13,7 +13,6 @@ import errno
 import fcntl
 import functools
 import hashlib
-import heapq
 import io
 import json
 import os
@@ -21,7 +20,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import stat
 import sys
 import tarfile
@@ -96,6 +94,8 @@ def number_from(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
 
 def explain(error: BaseException) -> str:
     """Say in one line what failed and, where it is known, the cure."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} {INSTALL}"
     if isinstance(error, OSError) and error.strerror:
         cure = CURES.get(error.errno or 0)
         name = "" if error.filename is None else f"{error.filename!r}: "
@@ -134,10 +134,7 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
             return 1
         except KeyboardInterrupt:
             return 130
-        except ModuleNotFoundError as error:
-            print(f"error: {error.name} {INSTALL}", file=sys.stderr)
-            return 1
-        except (Refused, Failed, OSError) as error:
+        except (Refused, Failed, OSError, ModuleNotFoundError) as error:
             print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
             return 2 if isinstance(error, Refused) else 1
 
@@ -212,16 +209,14 @@ def list_samples(
     skipped = len(faults.pop(INCOMPLETE, ())) if skip_incomplete else 0
     for problem, names in faults.items():
         what, _, cure = problem.format(",".join(fields)).partition("; ")
-        first = ", ".join(repr(name[-100:]) for name in heapq.nsmallest(5, names))
+        first = ", ".join(repr(name[-100:]) for name in sorted(names)[:5])
         raise Refused(f"--source {os.fspath(source)!r} has {what}: {len(names)} ({first}); {cure}")
     if not samples:
         cure = "put pairs such as " + " + ".join(f"sample-0.{field}" for field in fields) + " there"
         if not skipped and not scan.ignored:
             cure += ", or make some with ./make_dummy_data.sh"
         raise Refused(f"--source {os.fspath(source)!r} has no complete sample: {cure}")
-    samples.sort()
-    if shuffle is not None:
-        samples.sort(key=functools.partial(shuffle_rank, shuffle))
+    samples.sort(key=None if shuffle is None else functools.partial(shuffle_rank, shuffle))
     return Listing(samples, skipped, scan.ignored)
 
 
@@ -294,9 +289,8 @@ def key_fault(prefix: str, stem: str) -> str:
         return UNREADABLE  # in front of a shard, readers take it for bzip2
     if key.isascii() and "\n" not in key:
         return ""
-    if NOT_UTF8.search(key) or base_plus_ext(f"{key}.a") != (key, "a"):
-        return UNREADABLE
-    return ""
+    split_back = not NOT_UTF8.search(key) and base_plus_ext(f"{key}.a") == (key, "a")
+    return "" if split_back else UNREADABLE
 
 
 def shuffle_rank(seed: int, sample: str) -> bytes:
@@ -737,7 +731,7 @@ def load_samples(staging: str, chosen: Iterable[bool] = repeat(True)) -> Iterato
 
 def check_output(output: str, source: str, fields: Sequence[str]) -> None:
     """Refuse an output in which shards cannot take, or would harm, what has their names."""
-    inside = Path(os.path.realpath(source)) in Path(os.path.realpath(output), "shard").parents
+    inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source))
     if "tar" in fields and inside:
         raise Refused(f"--output {output!r} is inside --source, whose tars it could replace")
     with contextlib.suppress(FileNotFoundError):
@@ -769,13 +763,12 @@ def lock_output(output: str) -> int:
 
 def staging_folders(output: str | os.PathLike[str]) -> list[str]:
     """Return the staging folders that runs have left in an output."""
-    with os.scandir(output) as entries:
-        return [
-            entry.path
-            for entry in entries
-            if re.fullmatch(re.escape(STAGING) + "[0-9a-f]{16}", entry.name)
-            and entry.is_dir(follow_symlinks=False)
-        ]
+    return [
+        entry.path
+        for entry in os.scandir(output)
+        if re.fullmatch(re.escape(STAGING) + "[0-9a-f]{16}", entry.name)
+        and entry.is_dir(follow_symlinks=False)
+    ]
 
 
 def remove_staging(folder: str) -> None:
@@ -840,7 +833,7 @@ def pack_shard(
         how = "created again"
     shard = pack_into(run.staging, run, shard_id, samples, progress)
     # One file for each process: to append to it is cheaper than a file for each shard.
-    record = os.path.join(run.staging, f"{PROOFS}{socket.gethostname()}-{os.getpid()}")
+    record = os.path.join(run.staging, f"{PROOFS}{os.uname().nodename}-{os.getpid()}")
     with open(record, "a", encoding="ascii") as stream:
         stream.write(shard.proof + "\n")
     return shard._replace(how=how)
@@ -849,8 +842,8 @@ def pack_shard(
 @functools.lru_cache(maxsize=1)
 def read_proofs(staging: str) -> set[str]:
     """Return the proofs of the shards that an interrupted run had finished."""
-    records = [entry.path for entry in os.scandir(staging) if entry.name.startswith(PROOFS)]
-    return {proof for path in records for proof in Path(path).read_text("ascii").split()}
+    records = Path(staging).glob(f"{PROOFS}*")
+    return {proof for path in records for proof in path.read_text("ascii").split()}
 
 
 def report(shard: Shard) -> str:
