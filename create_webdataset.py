@@ -71,10 +71,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line and whose flags are never guessed."""
 
     def __init__(self, usage: str, description: str, examples: str) -> None:
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            "", usage, description, examples, formatter_class=layout, allow_abbrev=False
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__("", usage, description, examples, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise Refused(f"{message} (see --help)")
@@ -752,9 +750,7 @@ def lock_output(output: str) -> int:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Failed(
-                f"another run is packing into {output!r}; wait for it, or stop it"
-            ) from None
+            raise Failed(f"another run is packing into {output!r}; wait, or stop it") from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd

@@ -180,9 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
     if args.address and args.num_shards is None:
-        raise Refused(
-            "--address needs --num-shards, so that the shards do not depend on the cluster"
-        )
+        raise Refused("--address needs --num-shards: the shards must not depend on the cluster")
     run = core.plan_driver_run(args)
     if args.address and args.address != "auto":
         check_address(args.address)

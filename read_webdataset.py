@@ -518,9 +518,7 @@ class SplitShards:
             rank, world_size = self.node
         readers, reader = world_size * num_workers, rank * num_workers + worker
         if len(shards) < world_size:
-            raise Failed(
-                f"{len(shards)} shards for {world_size} ranks: pack one for each, at least"
-            )
+            raise Failed(f"{len(shards)} shards for {world_size} ranks: pack at least as many")
         if len(shards) < readers and reader == 0 and self.epoch == 0:
             warnings.warn(
                 f"{len(shards)} shards for {readers} readers (ranks: {world_size}, "
