@@ -28,8 +28,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
 
-HERE = Path(__file__).resolve().parent
-MODULES = [str(HERE / "create_webdataset.py"), str(HERE / "create_with_ray.py")]
+MODULES = [core.__file__, __file__]  # what the tasks need on other nodes
 RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
 HICCUPS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what network storage says for a while
 EXAMPLE = "  python create_with_ray.py --address 10.0.0.1:6379 --num-shards 1000\n"
@@ -79,12 +78,11 @@ def check_address(address: str) -> None:
         raise Failed(f"--address {address!r}: {error}; see README, On a cluster") from None
 
 
-def probe_node(run: Run, path: str) -> bool:
-    """Tell whether this node sees the staging folder that the driver made, and the source."""
+def probe_node(staging: str, file: str) -> bool:
+    """Tell whether this node sees the staging folder that the driver made, and a source file."""
     try:
-        probe = Path(run.staging, PROBE).read_text(encoding="utf-8")
-        seen = probe == run.staging and os.path.exists(os.path.join(run.source, path))
-        return seen and os.access(run.staging, os.W_OK)
+        seen = Path(staging, PROBE).read_text(encoding="utf-8") == staging
+        return seen and os.path.exists(file) and os.access(staging, os.W_OK)
     except OSError:
         return False
 
@@ -92,14 +90,13 @@ def probe_node(run: Run, path: str) -> bool:
 def check_nodes(run: Run) -> None:
     """Refuse paths that are not the same on every node of the cluster, before any work."""
     Path(run.staging, PROBE).write_text(run.staging, encoding="utf-8")
-    path = core.sample_files(run.samples[0], run.fields)[0]
-    frame = run._replace(samples=())
+    file = os.path.join(run.source, core.sample_files(run.samples[0], run.fields)[0])
     answers = {}
     for node in ray.nodes():
         if node["Alive"] and node["Resources"].get("CPU"):
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(probe_node).options(num_cpus=0, scheduling_strategy=here)
-            answers[node["NodeManagerAddress"]] = task.remote(frame, path)
+            answers[node["NodeManagerAddress"]] = task.remote(run.staging, file)
     try:
         blind = [name for name, answer in answers.items() if not ray.get(answer)]
     except ray.exceptions.RayError as error:
@@ -136,14 +133,14 @@ def pack_all(
     task = ray.remote(pack_on_node).options(
         max_retries=RETRIES, retry_exceptions=[Hiccup], scheduling_strategy=strategy
     )
-    frame = run._replace(samples=())  # each task gets its own samples alone
+    bare = run._replace(samples=())  # each task gets its own samples alone
     shard_ids = iter(range(run.total_shards))
     running: dict[ray.ObjectRef[Shard], int] = {}
     try:
         while True:
             for shard_id in islice(shard_ids, in_flight - len(running)):
                 samples = run.samples[shard_id :: run.total_shards]
-                running[task.remote(frame, shard_id, samples)] = shard_id
+                running[task.remote(bare, shard_id, samples)] = shard_id
             if not running:
                 return
             for done in ray.wait(list(running))[0]:
