@@ -43,6 +43,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} {INSTALL}")
 
 SHARD_PATTERN = re.compile(r"shard-(\d{6})\.tar")
+PARTIAL_PATTERN = re.compile(r"\.shard-(\d{6})-[0-9a-f]{8}")  # see create_webdataset
 MAX_SHARDS = 1_000_000
 NUM_WORKERS = 4  # of a driver, unless told otherwise
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8
@@ -689,12 +690,12 @@ def start_run(run: Run, resume: bool) -> int:
     """
     os.makedirs(run.output, exist_ok=True)
     lock = lock_output(run.output)
-    remove_partials(run.output)
+    remove_shards(run.output, PARTIAL_PATTERN)
     for old in staging_folders(run.output):
         if os.path.exists(os.path.join(old, MARKER)):
             publish_shards(old, load_run(old).total_shards)
         elif resume and not os.path.exists(run.staging) and same_run(old, run):
-            remove_partials(old)
+            remove_shards(old, PARTIAL_PATTERN)
             os.rename(old, run.staging)  # a late writer of the old run finds its folder gone
         else:
             remove_staging(old)
@@ -791,12 +792,14 @@ def same_run(old: str, run: Run) -> bool:
     return not differs
 
 
-def remove_partials(folder: str, shard_ids: Container[int] = range(MAX_SHARDS)) -> None:
-    """Remove what killed attempts at these shards left unfinished."""
-    for entry in os.scandir(folder):
-        match = re.fullmatch(r"\.shard-(\d{6})-[0-9a-f]{8}", entry.name)
+def remove_shards(
+    folder: str, pattern: re.Pattern[str], shard_ids: Container[int] = range(MAX_SHARDS)
+) -> None:
+    """Remove these shards, or what killed attempts at them left, as the pattern of names says."""
+    for name in os.listdir(folder):
+        match = pattern.fullmatch(name)
         if match and int(match[1]) in shard_ids:
-            os.unlink(entry.path)
+            os.unlink(os.path.join(folder, name))
 
 
 def pack_into(
@@ -886,10 +889,7 @@ def publish_shards(staging: str, total_shards: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             name = shard_name(shard_id)
             os.rename(os.path.join(staging, name), os.path.join(output, name))
-    for name in os.listdir(output):
-        match = SHARD_PATTERN.fullmatch(name)
-        if match and int(match[1]) >= total_shards:  # of an earlier, larger dataset
-            os.unlink(os.path.join(output, name))
+    remove_shards(output, SHARD_PATTERN, range(total_shards, MAX_SHARDS))  # of a larger dataset
     sync_folder(output)
     os.unlink(os.path.join(staging, MARKER))
     remove_staging(staging)
@@ -992,7 +992,7 @@ def pack_shards(args: argparse.Namespace) -> int:
         os.makedirs(run.output, exist_ok=True)
         if interrupted_publishing(run.output):
             raise Failed(INTERRUPTED)
-        remove_partials(run.output, shard_ids)
+        remove_shards(run.output, PARTIAL_PATTERN, shard_ids)
         pack = functools.partial(pack_into, run.output, run)
     own = cycle([shard_id in shard_ids for shard_id in range(run.total_shards)])
     # A worker keeps no others: there may be many workers, and many millions of samples.
