@@ -104,7 +104,7 @@ def explain(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Name a file in the errors that do not: a failed read or write knows no more than a number."""
+    """Give an OSError the name of its file: one of reading or writing an open file has none."""
     try:
         yield
     except OSError as error:
@@ -118,10 +118,11 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> int:
         for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed by the shell
-                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-            elif isinstance(getattr(sys, name), io.TextIOWrapper):
-                getattr(sys, name).reconfigure(errors="backslashreplace")
+            # None: closed by the shell
+            stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+            setattr(sys, name, stream)
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from the imports of a script
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
@@ -156,16 +157,22 @@ class Listing(NamedTuple):
     ignored: int  # names that are no part of a sample
 
 
+def sample_key(sample: str) -> str:
+    """Return the key of a sample of a Listing."""
+    return sample.partition("\0")[0]
+
+
+def sample_files(sample: str, fields: Sequence[str]) -> list[str]:
+    """Return the paths below source of a sample's files, in the order of `fields`."""
+    key, *spelled = sample.split("\0")
+    return [f"{key}.{extension}" for extension in spelled or fields]
+
+
 INCOMPLETE = "samples that lack a field; --fields are {}: add them, or use --skip-incomplete"
 DUPLICATE = "files whose key and field another has, in upper or lower case; rename them"
 DOTTED = "names with a dot before the field, which readers take for another key; rename them"
 RESERVED = "names that begin with __, which readers drop; rename them"
 UNREADABLE = "names that are not UTF-8, or that readers cannot split; rename them"
-
-
-def shard_name(shard_id: int) -> str:
-    """Return the file name of a shard: 7 -> 'shard-000007.tar'."""
-    return f"shard-{shard_id:06d}.tar"
 
 
 def parse_fields(text: str) -> tuple[str, ...]:
@@ -316,28 +323,22 @@ class Shard(NamedTuple):
     shard_id: int
     samples: int
     bytes: int  # size of the tar file
-    proof: str  # ties this very file to the sizes and times that its source files had
+    proof: str  # hash of its inode and its source files' sizes and times, for --resume
     how: str = "created"  # or, with --resume, "kept", or "created again" where files changed
 
 
-def sample_key(sample: str) -> str:
-    """Return the key of a sample of a Listing."""
-    return sample.partition("\0")[0]
-
-
-def sample_files(sample: str, fields: Sequence[str]) -> list[str]:
-    """Return the paths below source of a sample's files, in the order of `fields`."""
-    key, *spelled = sample.split("\0")
-    return [f"{key}.{extension}" for extension in spelled or fields]
+def shard_name(shard_id: int) -> str:
+    """Return the file name of a shard: 7 -> 'shard-000007.tar'."""
+    return f"shard-{shard_id:06d}.tar"
 
 
 CHANGED = "changed while it was packed; run again when it is at rest"
 WRITE_SIZE = 512 << 10  # bytes gathered for one write
 SEND_SIZE = 16 << 20  # bytes sent to the disk at a time
 WHOLE_SIZE = 64 << 10  # bytes of a file that is read in one piece; larger ones are copied
-AHEAD_SIZE = 512 << 10  # the same, for files that are read ahead
+AHEAD_SIZE = 512 << 10  # the same as WHOLE_SIZE, for files that are read ahead
 SLOW_READ = 0.0005  # seconds a file; a local disk takes a hundredth of that to open one
-SLOW_BATCHES = 3  # how many more slow batches than fast ones there must be
+SLOW_BATCHES = 3  # so many more slow batches than fast ones, and files are read ahead
 READ_THREADS, READ_BATCHES, READ_BATCH = 16, 24, 4  # 96 files ahead: 48 MB at most
 COPY_SIZE = 1 << 20  # bytes of a large file that are copied at a time
 PADDING = [bytes(length) for length in range(512)]
@@ -624,9 +625,9 @@ def create_webdataset(
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 LOCK = ".webdataset.lock"
-PLAN = "plan"
+PLAN = "plan"  # in the staging folder: its Run, and a line for each sample
 NEWLINE = "\0/"  # stands for one in a plan; no sample holds it: a NUL begins an extension
-PROOFS = "proofs-"
+PROOFS = "proofs-"  # begins the names of the files there that hold the proofs of its shards
 RESUMED = {  # what must be the same in a run that goes on with the shards of another
     "source": "--source",
     "fields": "--fields",
@@ -706,7 +707,7 @@ def start_run(run: Run, resume: bool) -> int:
         stream.writelines(sample.replace("\n", NEWLINE) + "\n" for sample in run.samples)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(f"{plan}-new", plan)  # at no time is there less than the plan of the shards there
+    os.replace(f"{plan}-new", plan)  # a whole plan is there at any time, the old or the new
     return lock
 
 
@@ -919,9 +920,8 @@ def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the sour
     """Add the flags that say what a source is, and mean the same in every script."""
     add = parser.add_argument_group(title).add_argument
     add("--source", metavar="DIR", help="folder of the raw files, listed recursively")
-    add(
-        "--fields", metavar="A,B", default="jpg,txt", help="a sample's files (default: %(default)s)"
-    )
+    what = "a sample's files (default: %(default)s)"
+    add("--fields", metavar="A,B", default="jpg,txt", help=what)
     add("--skip-incomplete", action="store_true", help="drop samples that lack a field")
     add("--shuffle", metavar="SEED", type=int, help="shuffle before sharding")
 

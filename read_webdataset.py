@@ -121,14 +121,14 @@ class Task(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a shard holds: (kind of fault, detail) for each fault, and its samples."""
+    """What a shard holds, and what is wrong with it."""
 
     path: str
     size: int
     keys: Sequence[str]  # in order; none where it is proved: they are those of the source
     samples: int
     field_sets: Mapping[tuple[str, ...], str]  # fields -> a key that has them
-    faults: Sequence[tuple[str, str]]
+    faults: Sequence[tuple[str, str]]  # kind and detail of each
     sound: bool = True  # webdataset can read it
     proved: bool = False  # byte for byte what the source makes it
 
@@ -223,8 +223,8 @@ def check_shard(task: Task) -> Report:
             try:
                 core.write_samples(Comparison(stream), task.source, task.samples, task.fields)
                 if not stream.read(1):
-                    fields = {tuple(task.fields): core.sample_key(task.samples[0])}
-                    return Report(task.path, size, (), len(task.samples), fields, (), proved=True)
+                    usual = {tuple(task.fields): core.sample_key(task.samples[0])}
+                    return Report(task.path, size, (), len(task.samples), usual, (), proved=True)
             except Damaged:
                 stream.seek(0)
         return take_apart(task, stream, size)
@@ -234,14 +234,14 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
     """Read a shard member by member, and note what is wrong with it."""
     faults: list[tuple[str, str]] = []
     keys: list[str] = []
-    fields: dict[tuple[str, ...], str] = {}
+    field_sets: dict[tuple[str, ...], str] = {}
     expected = {core.sample_key(sample): sample for sample in task.samples}
     current: set[str] = set()
     seen: set[str] = set()
 
     def finish_sample() -> None:
         if keys:
-            fields.setdefault(tuple(sorted(current)), keys[-1])
+            field_sets.setdefault(tuple(sorted(current)), keys[-1])
             if keys[-1] in expected and sorted(current) != sorted(task.fields):
                 faults.append(("fields differ from the source", repr(keys[-1])))
         current.clear()
@@ -273,7 +273,7 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
     except Damaged as error:
         faults.append(("damaged", str(error)))
     finish_sample()
-    return Report(task.path, size, keys, len(keys), fields, faults, sound)
+    return Report(task.path, size, keys, len(keys), field_sets, faults, sound)
 
 
 def check_content(
