@@ -42,8 +42,8 @@ except ModuleNotFoundError as missing:
         raise
     sys.exit(f"error: {missing.name} {INSTALL}")
 
-SHARD_PATTERN = re.compile(r"shard-(\d{6})\.tar")
-PARTIAL_PATTERN = re.compile(r"\.shard-(\d{6})-[0-9a-f]{8}")  # see create_webdataset
+SHARD_PATTERN = re.compile(r"shard-([0-9]{6})\.tar")
+PARTIAL_PATTERN = re.compile(r"\.shard-([0-9]{6})-[0-9a-f]{8}")  # see create_webdataset
 MAX_SHARDS = 1_000_000
 NUM_WORKERS = 4  # of a driver, unless told otherwise
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8

@@ -514,7 +514,7 @@ def home(folder: Path) -> Path:
     for name in (
         ".ssh/id", ".bashrc", "shard-0000000.tar", "shard-000000.tar.bak", "SHARD-000000.tar",
         "shard-00000a.tar", "thesis.tex", ".webdataset-notes/x", ".shard-000000",
-        "work/shard-000001.tar",
+        "work/shard-000001.tar", "shard-००००९९.tar", ".shard-०००००१-01234567",
         ".webdataset-0123/publishing", "plan", "publishing",
     ):  # fmt: skip
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
