@@ -625,7 +625,7 @@ def create_webdataset(
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 LOCK = ".webdataset.lock"
-PLAN = "plan"  # in the staging folder: its Run, and a line for each sample
+PLAN = "plan"  # in the staging folder: see save_run
 NEWLINE = "\0/"  # stands for one in a plan; no sample holds it: a NUL begins an extension
 PROOFS = "proofs-"  # begins the names of the files there that hold the proofs of its shards
 RESUMED = {  # what must be the same in a run that goes on with the shards of another
@@ -701,6 +701,12 @@ def start_run(run: Run, resume: bool) -> int:
         else:
             remove_staging(old)
     os.makedirs(run.staging, exist_ok=True)
+    save_run(run)
+    return lock
+
+
+def save_run(run: Run) -> None:
+    """Write the plan of a run: a line for all but its samples, and a line for each of these."""
     plan = os.path.join(run.staging, PLAN)
     with naming(plan), open(f"{plan}-new", "w", encoding="utf-8", newline="\n") as stream:
         stream.write(json.dumps(run._replace(samples=())) + "\n")
@@ -708,11 +714,10 @@ def start_run(run: Run, resume: bool) -> int:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(f"{plan}-new", plan)  # a whole plan is there at any time, the old or the new
-    return lock
 
 
 def load_run(staging: str) -> Run:
-    """Read the run that `start_run` left in a staging folder, without its samples."""
+    """Read the run that is staged in a folder, without its samples."""
     plan = os.path.join(staging, PLAN)
     try:
         with open(plan, encoding="utf-8", newline="\n") as stream:
