@@ -938,8 +938,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("the shards").add_argument
     add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
     add("--shard-id", metavar="I", type=int, help="the shard to pack, from 0")
-    add("--total-shards", metavar="N", type=int, help="number of shards")
-    add("--shard-step", metavar="K", type=number_from(1), help="pack shards I, I+K, I+2K, ...")
+    number = number_from(1, MAX_SHARDS)
+    add("--total-shards", metavar="N", type=number, help="number of shards")
+    add("--shard-step", metavar="K", type=number, help="pack shards I, I+K, I+2K, ...")
     add = parser.add_argument_group("steps of run_parallel.sh").add_argument
     add("--start", metavar="SCRIPT", nargs=argparse.REMAINDER, help="check, lock and stage a run")
     add("--run", metavar="STAGING", help="pack shards of the run that is staged there")
@@ -959,17 +960,17 @@ def build_driver_parser(command: str, purpose: str, example: str = "") -> argpar
     add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
     add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
     add = parser.add_argument_group("the work").add_argument
+    number = number_from(1, MAX_SHARDS)
     workers = f"processes, or tasks at a time (default: {NUM_WORKERS})"
-    add("--num-workers", metavar="N", type=number_from(1, MAX_SHARDS), help=workers)
-    add("--num-shards", metavar="N", type=int, help="shards (default: as many as workers)")
+    add("--num-workers", metavar="N", type=number, help=workers)
+    add("--num-shards", metavar="N", type=number, help="shards (default: as many as workers)")
     parser.set_defaults(source=here / "source_data", output=here / "webdataset_output")
     return parser
 
 
 def plan_driver_run(args: argparse.Namespace) -> Run:
     """Check the flags of a driver, and everything that its run needs; nothing is written."""
-    workers = args.num_workers or NUM_WORKERS
-    args.total_shards = args.num_shards if args.num_shards is not None else workers
+    args.total_shards = args.num_shards or args.num_workers or NUM_WORKERS
     return plan_run(args)
 
 

@@ -98,11 +98,11 @@ REFUSED = [
     (PAIR, ["--fields", "jpg\n"], "cannot be a field"),
     (PAIR, ["--fields", "_jpg"], "cannot be a field"),
     (PAIR, ["--fields", ".jpg"], "cannot be a field"),
-    (PAIR, ["--total-shards", "0"], "choose a number"),
-    (PAIR, ["--total-shards", "-1"], "choose a number"),
-    (PAIR, ["--total-shards", "1000001"], "choose a number"),
+    (PAIR, ["--total-shards", "0"], "0 is not a number from 1"),
+    (PAIR, ["--total-shards", "-1"], "-1 is not a number from 1"),
+    (PAIR, ["--total-shards", "1000001"], "not a number from 1 to 1,000,000"),
     (PAIR, ["--total-shards", "2"], "2 shards for 1 samples"),
-    (PAIR, ["--total-shards", "x"], "invalid int"),
+    (PAIR, ["--total-shards", "x"], "invalid number"),
     (PAIR, ["--sourc", "x"], "unrecognized arguments"),
 ]
 SHARD_IDS = [  # a start has none
@@ -134,6 +134,14 @@ def test_refused(step: str, make, flags: list[str], message: str, tmp_path: Path
     assert not out
     assert re.search(message, err) and err.count("\n") == 1, err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("total", [-1, 0, 1_000_001])
+def test_a_call_with_a_wrong_number_of_shards(total: int, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 2)
+    with pytest.raises(core.Refused, match="choose a number"):
+        core.create_webdataset(source, tmp_path / "output", 0, total)
+    assert not (tmp_path / "output").exists()
 
 
 def test_unreadable_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ USAGE = [
     (["--num-workers", "x"], "--num-workers: invalid number value: 'x'"),
     (["--num-workers", "9" * 30], "99 is not a number from 1 to 1,000,000"),
     (["--num-shards", "0"], "shards"),
-    (["--num-shards", "1000001"], "choose a number from 1 to 1,000,000"),
+    (["--num-shards", "1000001"], "--num-shards: 1000001 is not a number from 1 to 1,000,000"),
     (["--num-shards", "99"], "99 shards for 3 samples"),
     (["--num-shards"], "--num-shards"),
     (["--fields", "a b"], "cannot be a field"),
