@@ -14,17 +14,17 @@ import tarfile
 import textwrap
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
-from typing import Any, BinaryIO, NamedTuple
+from itertools import islice, pairwise
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
 try:
     import webdataset as wds
-    from PIL import Image, ImageDraw, ImageOps
+    from PIL import Image, ImageDraw, ImageOps, ImageSequence
     from tqdm import tqdm
     from webdataset.tariterators import base_plus_ext
 
@@ -39,6 +39,9 @@ FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
 MAX_NAME = 8 << 10  # bytes of an extended header; names of files have 4 KB at most
 TEXT_LIMIT = 200  # characters of a text that are printed
 MAX_IMAGE = 256 << 20  # bytes of an image that --decode takes into memory
+MISPLACED = "sample in another shard than this source and its flags say"
+THUMBNAIL = 144  # pixels of each side of a picture in a contact sheet
+MAX_PREVIEW = 1_000  # samples: more make an image larger than JPEG can be
 SHOWN = 5  # faults of one kind that are named; the rest are counted
 
 Faults = defaultdict[str, list[str]]  # what is wrong -> where
@@ -69,7 +72,9 @@ def find_shards(path: str, faults: Faults) -> list[str]:
         elif re.fullmatch(r"shard-.*\.tar", entry.name, re.DOTALL):
             faults["stray file, which readers may take for a shard"].append(entry.name)
     if not shards:
-        raise Refused(f"--path {path!r} has no shard-*.tar; pack some with ./run_parallel.sh")
+        unfinished = core.staging_folders(path)
+        cure = "finish the run that was: --resume" if unfinished else "make some: ./run_parallel.sh"
+        raise Refused(f"--path {path!r} has no shard-*.tar; {cure}")
     return shards
 
 
@@ -269,7 +274,7 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
                 faults.extend(check_content(task, sample, key, field.lower(), stream, length))
         sound = True
         if not keys:
-            faults.append(("empty shard", os.path.basename(task.path)))
+            faults.append(("empty shard", "which makes some readers fail"))
     except Damaged as error:
         faults.append(("damaged", str(error)))
     finish_sample()
@@ -289,23 +294,36 @@ def check_content(
             if left or any(piece != stream.read(len(piece)) for piece in pieces):
                 yield "bytes differ from the source", repr(f"{key}.{field}")
             stream.seek(start)
-    if task.decode and field.rpartition(".")[2] in IMAGE_FIELDS:
-        image = "too large" if length > MAX_IMAGE else open_image(stream.read(length))
-        if isinstance(image, str):
-            yield "image that cannot be decoded", f"{f'{key}.{field}'!r} ({image})"
+    if task.decode and is_image(field):
+        large = length > MAX_IMAGE
+        problem = "too large" if large else use_image(stream.read(length), decode)[1]
+        if problem:
+            yield "image that cannot be decoded", f"{f'{key}.{field}'!r} ({problem})"
 
 
-def open_image(data: bytes, decode: bool = True) -> Image.Image | str:
-    """Return an image, decoded in full or for its size alone, or else what is wrong with it."""
+def is_image(field: str) -> bool:
+    """Tell whether a field, such as png or seg.png, holds an image."""
+    return field.rpartition(".")[2] in IMAGE_FIELDS
+
+
+def use_image(
+    data: bytes, use: Callable[[Image.Image], Any], bombs: Literal["error", "ignore"] = "error"
+) -> tuple[Any, str]:
+    """Return use(image), and what is wrong with the image, or nothing."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error" if decode else "ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if decode:
-                image.load()
-        return image
+            warnings.simplefilter("ignore")  # of EXIF data and the like
+            warnings.simplefilter(bombs, Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return use(image), ""
     except Exception as error:  # Pillow raises nearly anything on hostile data
-        return type(error).__name__
+        return None, type(error).__name__
+
+
+def decode(image: Image.Image) -> None:
+    """Decode an image in full."""
+    for frame in ImageSequence.Iterator(image):
+        frame.load()
 
 
 # ---------------------------------------------------------------- checking a dataset
@@ -352,19 +370,20 @@ def shard_id(path: str) -> int:
 def count_shards(shards: Sequence[str], listed: Sequence[str]) -> int:
     """Return how many shards the dataset must have had.
 
-    The last ones may be missing; the first two keys of a shard, which lie `total` apart in the
-    source, tell.
+    The last ones may be missing; the first keys of a shard, which lie `total` apart in the source
+    that it was packed from, tell.
     """
     total = shard_id(shards[-1]) + 1
-    if not listed:
-        return total
-    keys: set[str | None] = set()  # None: of a member that readers drop
-    with open(shards[0], "rb") as stream, contextlib.suppress(Damaged, StopIteration):
-        members = read_members(stream, os.fstat(stream.fileno()).st_size)
-        while len(keys - {None}) < 2:
-            keys.add(base_plus_ext(next(members)[0])[0])
-    places = [place for place, sample in enumerate(listed) if core.sample_key(sample) in keys]
-    return max(total, places[1] - places[0]) if len(places) == 2 else total
+    for shard in shards[: SHOWN if listed else 0]:
+        keys = set()
+        with open(shard, "rb") as stream, contextlib.suppress(Damaged):
+            for name, _ in islice(read_members(stream, os.fstat(stream.fileno()).st_size), 64):
+                keys.add(base_plus_ext(name)[0])
+        places = [place for place, sample in enumerate(listed) if core.sample_key(sample) in keys]
+        steps = {after - before for before, after in pairwise(places)}
+        if places[:1] == [shard_id(shard)] and len(steps) == 1:  # else damaged, or another source
+            return max(total, *steps)
+    return total
 
 
 def compare_shards(
@@ -398,7 +417,7 @@ def compare_shards(
         elif not found:
             faults["missing sample"].append(f"{key!r} of {home}")
         elif found != home:
-            faults["sample in the wrong shard"].append(f"{key!r} is in {found}, not {home}")
+            faults[MISPLACED].append(f"{key!r} is in {found}, not {home}")
     for key, name in places.items():
         faults["extra sample, not in the source"].append(f"{key!r} in {name}")
 
@@ -444,10 +463,10 @@ def sample_text(sample: Mapping[str, Any]) -> str:
 
 def image_size(data: bytes) -> str:
     """Return the size of an image, and a note where Pillow cannot read it."""
-    image = open_image(data, decode=False)
-    if isinstance(image, str):
-        return f"{len(data)} bytes (not readable: {image})"
-    return f"{image.width}x{image.height}, {len(data)} bytes"
+    size, problem = use_image(data, lambda image: image.size, bombs="ignore")
+    if problem:
+        return f"{len(data)} bytes (not readable: {problem})"
+    return f"{size[0]}x{size[1]}, {len(data)} bytes"
 
 
 def print_sample(number: int, sample: Mapping[str, Any]) -> None:
@@ -456,37 +475,48 @@ def print_sample(number: int, sample: Mapping[str, Any]) -> None:
     if "txt" in sample:
         print(f"Text: {sample_text(sample)}")
     for field, data in sample.items():
-        if field in IMAGE_FIELDS:
+        if is_image(field):
             print(f"Image size: {image_size(data)}")
         elif field != "txt" and not field.startswith("__"):
             print(f"{one_line(field)}: {len(data)} bytes")
 
 
+def check_preview(target: str, limit: int) -> None:
+    """Refuse a contact sheet that cannot be drawn, before any work."""
+    Image.init()
+    if Image.EXTENSION.get(os.path.splitext(target)[1].lower()) not in Image.SAVE:
+        raise Refused(f"--preview {target!r}: no ending of an image, such as .png")
+    if limit > MAX_PREVIEW:
+        raise Refused(f"--preview draws at most {MAX_PREVIEW:,} samples; choose a smaller --limit")
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """Return an image in the size that a contact sheet has room for."""
+    return ImageOps.pad(image.convert("RGB"), (THUMBNAIL, THUMBNAIL), color="white")
+
+
 def draw_preview(shards: Sequence[str], limit: int, target: str) -> None:
     """Draw a contact sheet of the first samples of the shards: thumbnail, key and first words."""
-    each = -(-limit // max(1, len(shards)))
-    samples = [sample for shard in shards for sample in read_samples([shard], each)][:limit]
-    side, caption, columns = 160, 44, min(4, max(1, len(samples)))
+    each, rest = divmod(limit, max(1, len(shards)))
+    shares = [(shard, each + (place < rest)) for place, shard in enumerate(shards)]
+    samples = [sample for shard, share in shares for sample in read_samples([shard], share)]
+    side, caption, columns = THUMBNAIL + 16, 44, min(4, max(1, len(samples)))
     rows = max(1, -(-len(samples) // columns))
     sheet = Image.new("RGB", (columns * side, rows * (side + caption)), "white")
     draw = ImageDraw.Draw(sheet)
     for number, sample in enumerate(samples):
         left, top = number % columns * side, number // columns * (side + caption)
-        images = [data for field, data in sample.items() if field in IMAGE_FIELDS]
-        image = open_image(images[0]) if images else "no image"
-        if isinstance(image, str):
+        images = [data for field, data in sample.items() if is_image(field)]
+        small, problem = use_image(images[0] if images else b"", thumbnail)
+        if problem:
             draw.rectangle((left + 8, top + 8, left + side - 8, top + side - 8), outline="red")
             draw.text((left + side / 2, top + side / 2), "not readable", fill="red", anchor="mm")
         else:
-            thumbnail = ImageOps.pad(image.convert("RGB"), (side - 16, side - 16), color="white")
-            sheet.paste(thumbnail, (left + 8, top + 8))
+            sheet.paste(small, (left + 8, top + 8))
         words = textwrap.wrap(sample_text(sample) if "txt" in sample else "", 24)
         for line, text in enumerate((one_line(sample["__key__"])[-24:], *words[:2])):
             draw.text((left + 8, top + side + 13 * line), text, fill="black")
-    try:
-        sheet.save(target)
-    except ValueError as error:  # an ending that Pillow does not know
-        raise Refused(f"--preview {target!r}: {error}") from None
+    sheet.save(target)
 
 
 # ---------------------------------------------------------------- training
@@ -598,6 +628,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
     faults: Faults = defaultdict(list)
+    drawn = 16 if args.limit is None else args.limit
+    if args.preview is not None:
+        check_preview(args.preview, drawn)
     shards = find_shards(args.path, faults)
     before = identify(shards)
     try:
@@ -611,7 +644,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (tarfile.TarError, ValueError) as error:
         raise Failed(f"webdataset cannot read a shard: {core.explain(error)}") from None
     if args.preview is not None:
-        draw_preview(sound, 16 if args.limit is None else args.limit, args.preview)
+        draw_preview(sound, drawn, args.preview)
     if identify(shards) != before:
         raise Failed(f"{args.path!r}: the dataset was replaced while it was read; run again")
     print_faults(faults)
@@ -626,4 +659,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` has seen enough: end in silence
     raise SystemExit(main())

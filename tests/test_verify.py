@@ -87,8 +87,25 @@ def test_shuffled_and_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     capfd.readouterr()
     assert verify(tmp_path / "o", capfd, "--source", source, *flags)[0] == 0
     code, err = verify(tmp_path / "o", capfd, "--source", source, "--skip-incomplete")
-    assert code == 1 and "wrong shard" in err
+    assert code == 1 and "another shard than" in err
     assert reader.main(["--path", str(tmp_path / "o"), "--source", str(source)]) == 2
+
+
+def test_a_source_that_has_grown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No shard is called missing that never was."""
+    source, output = write_pairs(tmp_path / "source", 40), tmp_path / "output"
+    for shard_id in range(4):
+        core.create_webdataset(source, output, shard_id, 4)
+    (output / "shard-000003.tar").unlink()
+    code, err = verify(output, capfd, "--source", source)
+    assert code == 1 and "missing shard: shard-000003.tar\n" in err, err
+    os.truncate(output / "shard-000000.tar", 600)  # the next one tells, then
+    code, err = verify(output, capfd, "--source", source)
+    assert code == 1 and "missing shard: shard-000003.tar\n" in err, err
+    (source / "sample-00.jpg").touch()
+    (source / "sample-00.txt").touch()
+    code, err = verify(output, capfd, "--source", source)
+    assert code == 1 and "missing shard" not in err and "'sample-00'" in err, err
 
 
 def samples_of(shard: Path) -> list[tuple[str, dict[str, bytes]]]:
@@ -133,7 +150,7 @@ def swap(shards: list[Path], rng: random.Random) -> str:
     data = one.read_bytes()
     one.write_bytes(two.read_bytes())
     two.write_bytes(data)
-    return "wrong shard"
+    return "another shard than"
 
 
 def remove_member(shards: list[Path], rng: random.Random) -> str:
@@ -373,8 +390,28 @@ def test_decode_and_preview(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         assert sheet.size == (4 * 160, 2 * 204)
         colours = {sheet.getpixel((column * 160 + 80, 30)) for column in range(4)}
         assert len(colours) >= 2
-    assert reader.main(["--path", str(tmp_path / "o"), "--preview", str(tmp_path / "x.nope")]) == 2
-    assert "--preview" in capfd.readouterr().err
+    for wrong in (["x.nope"], ["x.psd"], ["x"], ["x.png", "--limit=1001"]):
+        assert reader.main(["--path", str(tmp_path / "o"), "--preview", *wrong]) == 2
+        out, err = capfd.readouterr()
+        assert not out and "--preview" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_that_pillow_warns_of(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Damaged EXIF data, and transparency in a palette, are no faults, and cost no lines."""
+    source, exif, palette = tmp_path / "source", io.BytesIO(), io.BytesIO()
+    source.mkdir()
+    damaged = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03\0\0\0\1\0\6"
+    Image.new("RGB", (9, 9)).save(exif, "JPEG", exif=damaged)
+    Image.new("P", (9, 9)).save(palette, "PNG", transparency=b"\0\1")
+    for name, data in (("a", exif), ("b", palette)):
+        (source / f"{name}.img.jpg").write_bytes(data.getvalue())
+        (source / f"{name}.txt").touch()
+    core.create_webdataset(source, tmp_path / "o", 0, 1, ("img.jpg", "txt"))
+    flags = ["--path", str(tmp_path / "o"), "--decode", "--preview", str(tmp_path / "p.png")]
+    assert reader.main(flags) == 0
+    out, err = capfd.readouterr()
+    assert not err and out.count("Image size: 9x9, ") == 2, (out, err)
 
 
 def test_first_five_of_a_kind(good, tmp_path: Path, capfd) -> None:
