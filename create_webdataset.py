@@ -56,6 +56,7 @@ CURES = {
     errno.EACCES: "check the permissions",
     errno.EPERM: "check the permissions",
     errno.EROFS: "choose an --output that can be written",
+    errno.EPIPE: "nobody reads the output any more",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 
@@ -129,12 +130,11 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
             code = main(argv)
             sys.stdout.flush()
             return code
-        except BrokenPipeError:  # `... | head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         except KeyboardInterrupt:
             return 130
         except (Refused, Failed, OSError, ModuleNotFoundError) as error:
+            if isinstance(error, BrokenPipeError):  # so that the last flush does not fail, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
             return 2 if isinstance(error, Refused) else 1
 
@@ -168,11 +168,11 @@ def sample_files(sample: str, fields: Sequence[str]) -> list[str]:
     return [f"{key}.{extension}" for extension in spelled or fields]
 
 
-INCOMPLETE = "samples that lack a field; --fields are {}: add them, or use --skip-incomplete"
+INCOMPLETE = "samples that lack a field; add it, give other --fields, or --skip-incomplete"
 DUPLICATE = "files whose key and field another has, in upper or lower case; rename them"
 DOTTED = "names with a dot before the field, which readers take for another key; rename them"
 RESERVED = "names that begin with __, which readers drop; rename them"
-UNREADABLE = "names that are not UTF-8, or that readers cannot split; rename them"
+BAD_NAME = "names that are not UTF-8, or that readers cannot split; rename them"
 
 
 def parse_fields(text: str) -> tuple[str, ...]:
@@ -195,7 +195,7 @@ def list_samples(
     """List a source, check all of it, and put its samples into the order of the shards.
 
     Args:
-        source: the folder, listed recursively; hidden names and linked folders are passed over.
+        source: the folder, listed recursively, without hidden names and linked folders.
         fields: the required fields, sorted, as `parse_fields` returns them.
         skip_incomplete: drop and count samples that lack a field instead of refusing them.
         shuffle: order samples by a hash of this seed and the key, instead of by key.
@@ -214,11 +214,12 @@ def list_samples(
     samples, faults = scan.samples, scan.faults
     skipped = len(faults.pop(INCOMPLETE, ())) if skip_incomplete else 0
     for problem, names in faults.items():
-        what, _, cure = problem.format(",".join(fields)).partition("; ")
+        what, _, cure = problem.partition("; ")
         first = ", ".join(repr(name[-100:]) for name in sorted(names)[:5])
         raise Refused(f"--source {os.fspath(source)!r} has {what}: {len(names)} ({first}); {cure}")
     if not samples:
-        cure = "put pairs such as " + " + ".join(f"sample-0.{field}" for field in fields) + " there"
+        cure = "put pairs such as " + " + ".join(f"sample-0.{field}" for field in fields)
+        cure += " there, or give other --fields"
         if not skipped and not scan.ignored:
             cure += ", or make some with ./make_dummy_data.sh"
         raise Refused(f"--source {os.fspath(source)!r} has no complete sample: {cure}")
@@ -243,8 +244,9 @@ class Scan:
         bits = self.bits  # looked up once: this loop sees each file of a dataset
         held: dict[str, int] = {}  # name up to the first dot -> the fields that are there, as bits
         spelled: dict[str, dict[str, str]] = defaultdict(dict)
-        with os.scandir(os.path.join(self.source, prefix[:-1]) if prefix else self.source) as names:
-            for entry in names:
+        folder = os.path.join(self.source, prefix[:-1]) if prefix else self.source
+        with os.scandir(folder) as entries:
+            for entry in entries:
                 name = entry.name
                 if name[0] == ".":
                     continue
@@ -279,7 +281,8 @@ class Scan:
             if fault := key_fault(prefix, stem):
                 self.faults[fault].append(key)
             elif bits != complete:
-                self.faults[INCOMPLETE].append(key)
+                lacking = next(field for field, bit in self.bits.items() if not bits & bit)
+                self.faults[INCOMPLETE].append(f"{key}.{lacking}")
             elif stem in spelled:
                 self.samples.append("\0".join([key, *(spelled[stem].get(f, f) for f in self.bits)]))
             else:
@@ -292,11 +295,11 @@ def key_fault(prefix: str, stem: str) -> str:
         return RESERVED
     key = prefix + stem
     if key[:3] == "BZh" and re.match(r"BZh.1AY&SY", key, re.DOTALL):
-        return UNREADABLE  # in front of a shard, readers take it for bzip2
+        return BAD_NAME  # in front of a shard, readers take it for bzip2
     if key.isascii() and "\n" not in key:
         return ""
     split_back = not NOT_UTF8.search(key) and base_plus_ext(f"{key}.a") == (key, "a")
-    return "" if split_back else UNREADABLE
+    return "" if split_back else BAD_NAME
 
 
 def shuffle_rank(seed: int, sample: str) -> bytes:
@@ -323,7 +326,7 @@ class Shard(NamedTuple):
     shard_id: int
     samples: int
     bytes: int  # size of the tar file
-    proof: str  # hash of its inode and its source files' sizes and times, for --resume
+    fingerprint: str  # hash of its inode and its source files' sizes and times, for --resume
     how: str = "created"  # or, with --resume, "kept", or "created again" where files changed
 
 
@@ -627,7 +630,7 @@ MARKER = "publishing"  # stands in that folder while its shards replace the prev
 LOCK = ".webdataset.lock"
 PLAN = "plan"  # in the staging folder: see save_run
 NEWLINE = "\0/"  # stands for one in a plan; no sample holds it: a NUL begins an extension
-PROOFS = "proofs-"  # begins the names of the files there that hold the proofs of its shards
+PACKED = "packed-"  # begins the names of the files there that hold its shards' fingerprints
 RESUMED = {  # what must be the same in a run that goes on with the shards of another
     "source": "--source",
     "fields": "--fields",
@@ -645,7 +648,7 @@ class Run(NamedTuple):
     fields: Sequence[str]
     total_shards: int
     started: float  # seconds since the epoch
-    driver: int  # id of the process that ends its workers when it ends
+    driver: int  # id of the process that planned it, and then becomes the parent of its workers
     skipped: int  # this and the next: see Listing
     ignored: int
     total_samples: int
@@ -692,10 +695,13 @@ def start_run(run: Run, resume: bool) -> int:
     os.makedirs(run.output, exist_ok=True)
     lock = lock_output(run.output)
     remove_shards(run.output, PARTIAL_PATTERN)
-    for old in staging_folders(run.output):
+    unfinished = staging_folders(run.output)
+    if resume and not unfinished:
+        print("nothing to resume: packed afresh", file=sys.stderr)
+    for old in unfinished:
         if os.path.exists(os.path.join(old, MARKER)):
             publish_shards(old, load_run(old).total_shards)
-        elif resume and not os.path.exists(run.staging) and same_run(old, run):
+        elif resume and not os.path.exists(run.staging) and same_run(old, run):  # the first such
             remove_shards(old, PARTIAL_PATTERN)
             os.rename(old, run.staging)  # a late writer of the old run finds its folder gone
         else:
@@ -723,8 +729,8 @@ def load_run(staging: str) -> Run:
         with open(plan, encoding="utf-8", newline="\n") as stream:
             run = Run(*json.loads(stream.readline()))
             return run._replace(staging=staging, fields=tuple(run.fields))
-    except (ValueError, TypeError):
-        raise Failed(f"{plan!r} is damaged; remove its folder") from None
+    except (FileNotFoundError, ValueError, TypeError):
+        raise Failed(f"{plan!r} is damaged, or not there; remove its folder") from None
 
 
 def load_samples(staging: str, chosen: Iterable[bool] = repeat(True)) -> Iterator[str]:
@@ -790,7 +796,7 @@ def same_run(old: str, run: Run) -> bool:
     """Tell whether the shards of an old staging folder can be kept; if not, say what differs."""
     try:
         before = load_run(old)._replace(samples=list(load_samples(old)))
-    except (OSError, Failed):
+    except (OSError, ValueError, Failed):
         return False  # it ended before it packed anything
     differs = [RESUMED[name] for name in RESUMED if getattr(before, name) != getattr(run, name)]
     if differs:
@@ -833,22 +839,22 @@ def pack_shard(
             for path in sample_files(sample, run.fields):
                 seen.update(stamp(os.stat(os.path.join(run.source, path))))
         seen.update(b"%d" % status.st_ino)
-        if seen.hexdigest() in read_proofs(run.staging):
+        if seen.hexdigest() in read_fingerprints(run.staging):
             return Shard(shard_id, len(samples), status.st_size, seen.hexdigest(), "kept")
         how = "created again"
     shard = pack_into(run.staging, run, shard_id, samples, progress)
     # One file for each process: to append to it is cheaper than a file for each shard.
-    record = os.path.join(run.staging, f"{PROOFS}{os.uname().nodename}-{os.getpid()}")
+    record = os.path.join(run.staging, f"{PACKED}{os.uname().nodename}-{os.getpid()}")
     with open(record, "a", encoding="ascii") as stream:
-        stream.write(shard.proof + "\n")
+        stream.write(shard.fingerprint + "\n")
     return shard._replace(how=how)
 
 
 @functools.lru_cache(maxsize=1)
-def read_proofs(staging: str) -> set[str]:
-    """Return the proofs of the shards that an interrupted run had finished."""
-    records = Path(staging).glob(f"{PROOFS}*")
-    return {proof for path in records for proof in path.read_text("ascii").split()}
+def read_fingerprints(staging: str) -> set[str]:
+    """Return the fingerprints of the shards that an interrupted run had finished."""
+    records = Path(staging).glob(f"{PACKED}*")
+    return {line for path in records for line in path.read_text("ascii").split()}
 
 
 def report(shard: Shard) -> str:
@@ -969,7 +975,7 @@ def build_driver_parser(command: str, purpose: str, example: str = "") -> argpar
 
 
 def plan_driver_run(args: argparse.Namespace) -> Run:
-    """Check the flags of a driver, and everything that its run needs; nothing is written."""
+    """Settle the number of shards of a driver, and check all that its run needs."""
     args.total_shards = args.num_shards or args.num_workers or NUM_WORKERS
     return plan_run(args)
 
@@ -986,6 +992,17 @@ def start_script(bash: str, script: str, *argv: str) -> NoReturn:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, others should not
     workers = min(args.num_workers or NUM_WORKERS, run.total_shards)
     os.execvp(bash, [bash, script, "--staged", str(workers), run.staging])
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether there is a process of that id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def pack_shards(args: argparse.Namespace) -> int:
@@ -1009,10 +1026,10 @@ def pack_shards(args: argparse.Namespace) -> int:
 
         row = args.shard_id if args.run else 0
         bar = tqdm(total=len(samples), unit=" samples", position=row)
-    failed = False
+    failed, parent = False, os.getppid()  # the driver, or an interpreter's wrapper
     with bar or contextlib.nullcontext():
         for place, shard_id in enumerate(shard_ids):
-            if args.run and os.getppid() != run.driver:
+            if args.run and (os.getppid() != parent or not is_alive(run.driver)):
                 raise Failed("the driver is gone, so its workers stop")
             try:
                 line = report(pack(shard_id, samples[place :: len(shard_ids)], bar and bar.update))

@@ -30,7 +30,8 @@ pack() { # workers staging
   for ((i = 0; i < workers; i++)); do
     code=0
     wait "${pids[i]}" || code=$?
-    ((code < 2)) || echo "run_parallel.sh: worker $i ended with exit code $code" >&2
+    ((code < 2)) || # with code 1 it has said itself what failed
+      echo "run_parallel.sh: worker $i ended with exit code $code" >&2
   done
   trap '' INT TERM HUP # publishing takes a moment, and must not be cut
   summary=$("$python" "$core" --publish "$staging") # fails, and names them, if shards are missing

@@ -140,12 +140,15 @@ def test_huge_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     assert capfd.readouterr().err.count("\n") == 2 and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("plan", ["", "{}", "5", "null", "[]", "[1]", '"x"'])
+CUT = '["", "/s", ["jpg", "txt"], 4, 0, 1, 0, 0, 8, []]\n\udcc3'  # inside a character
+
+
+@pytest.mark.parametrize("plan", ["", "{}", "5", "null", "[]", "[1]", '"x"', CUT])
 def test_damaged_plan_of_an_old_run(plan: str, tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 4)
     folder = tmp_path / "o" / f"{core.STAGING}{'0' * 16}"
     folder.mkdir(parents=True)
-    (folder / core.PLAN).write_text(plan)
+    (folder / core.PLAN).write_text(plan, errors="surrogateescape")
     flags = ["--source", source, "--output", tmp_path / "o"]
     done = run_script("run_parallel.sh", *flags, "--resume")
     assert done.returncode == 0, done.stderr

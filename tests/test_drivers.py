@@ -129,6 +129,36 @@ def test_usage(flags: list[str], message: str, script: str, tmp_path: Path, capf
     assert not (tmp_path / "output").exists()
 
 
+def test_an_interpreter_behind_a_wrapper(tmp_path: Path) -> None:
+    """The driver is then the parent of the wrapper, not of the worker."""
+    source, wrapper = write_pairs(tmp_path / "source", 4), tmp_path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\n')
+    wrapper.chmod(0o755)
+    flags = ["--source", source, "--output", tmp_path / "o"]
+    done = run_script("run_parallel.sh", *flags, env={"PYTHON": str(wrapper)})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+def test_nobody_reads_the_output(script: str, tmp_path: Path) -> None:
+    """As with `... | head -1`: the reason is named, and nothing is published."""
+    source, output = write_pairs(tmp_path / "source", 40), tmp_path / "o"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [str(ROOT / script)] if script.endswith(".sh") else [sys.executable, ROOT / script]
+    done = subprocess.run(
+        [*command, "--source", source, "--output", output, "--num-shards=40"],
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(writing)
+    assert done.returncode == 1 and "nobody reads the output any more" in done.stderr
+    assert not list(output.glob("shard-*"))
+
+
 def test_progress_on_a_terminal(source_1003: Path, tmp_path: Path) -> None:
     """A bar on stderr, which does not tear the lines of stdout apart; test_usage sees no bar."""
     flags = ["--source", source_1003, "--output", tmp_path, "--num-workers", "2"]

@@ -101,7 +101,7 @@ def kill_and_resume(
     for name in core.staging_folders(output):
         for shard in set(whole) & set(os.listdir(name)):
             assert hashes(Path(name))[shard] == whole[shard], "a partial shard under a final name"
-    finished = sum(len(core.read_proofs(name)) for name in core.staging_folders(output))
+    finished = sum(len(core.read_fingerprints(name)) for name in core.staging_folders(output))
 
     done = run_script(driver, *run, "--resume")
     assert done.returncode == 0, done.stderr
@@ -208,6 +208,8 @@ def test_resume_after_changes(tmp_path: Path) -> None:
     expected[failed] = "created"
     for shard_id, how in expected.items():
         assert f"Shard {shard_id} {how} with 10 samples." in lines, lines
+    again = run_script("run_parallel.sh", *base, "--resume")
+    assert "nothing to resume" in again.stderr and again.stdout.count("created with") == 4
     content: dict[str, bytes] = {}
     for shard_id in range(4):
         content |= members(output / core.shard_name(shard_id))
@@ -244,7 +246,9 @@ def test_a_worker_whose_driver_died_first_packs_nothing(tmp_path: Path) -> None:
     """As after kill -9 of run_parallel.sh while its workers import."""
     source = write_pairs(tmp_path / "source", 2)
     args = ["--source", str(source), "--output", str(tmp_path / "o"), "--total-shards", "2"]
-    run = core.plan_run(core.build_parser().parse_args(args))._replace(driver=-1)
+    with subprocess.Popen("true") as dead:
+        pass
+    run = core.plan_run(core.build_parser().parse_args(args))._replace(driver=dead.pid)
     os.close(core.start_run(run, resume=False))
     done = run_script("create_webdataset.py", "--run", run.staging, "--shard-id=0")
     assert (done.returncode, done.stdout) == (1, ""), done
