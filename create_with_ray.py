@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = core.plan_driver_run(args)
     if args.address and args.address != "auto":
         check_address(args.address)
-    core.start_run(run, args.resume)
+    core.start_run(run, args.resume)  # its lock holds until this process ends
     try:
         handle_signals()
         num_workers = connect(args.address, args.num_workers)
