@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -124,7 +123,7 @@ def pack_on_node(run: Run, shard_id: int, samples: Sequence[str]) -> Shard:
 
 def pack_all(
     run: Run, in_flight: int, strategy: str = "DEFAULT"
-) -> Generator[tuple[int, Shard | Exception], None, None]:
+) -> Iterator[tuple[int, Shard | Exception]]:
     """Pack all shards of a run, with at most `in_flight` tasks submitted at a time.
 
     Yields:
@@ -136,24 +135,20 @@ def pack_all(
     bare = run._replace(samples=())  # each task gets its own samples alone
     shard_ids = iter(range(run.total_shards))
     running: dict[ray.ObjectRef[Shard], int] = {}
-    try:
-        while True:
-            for shard_id in islice(shard_ids, in_flight - len(running)):
-                samples = run.samples[shard_id :: run.total_shards]
-                running[task.remote(bare, shard_id, samples)] = shard_id
-            if not running:
-                return
-            for done in ray.wait(list(running))[0]:
-                shard_id = running.pop(done)
-                try:
-                    yield shard_id, ray.get(done)
-                except ray.exceptions.RayTaskError as error:
-                    yield shard_id, error.cause
-                except ray.exceptions.RayError as error:
-                    yield shard_id, error
-    finally:
-        for task_left in running:  # only after a signal or an error
-            ray.cancel(task_left, force=True)
+    while True:
+        for shard_id in islice(shard_ids, in_flight - len(running)):
+            samples = run.samples[shard_id :: run.total_shards]
+            running[task.remote(bare, shard_id, samples)] = shard_id
+        if not running:
+            return
+        for done in ray.wait(list(running))[0]:
+            shard_id = running.pop(done)
+            try:
+                yield shard_id, ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                yield shard_id, error.cause
+            except ray.exceptions.RayError as error:
+                yield shard_id, error
 
 
 stopped_by: list[int] = []  # signals that have ended the run
@@ -192,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:  # its CPUs bound what runs; a second task waits for each, so that none is idle
             outcomes = pack_all(run, 2 * num_workers)
         bar = tqdm(total=len(run.samples), unit=" samples", disable=None)
-        with bar, contextlib.closing(outcomes):
+        with bar:
             for shard_id, outcome in outcomes:
                 bar.update(outcome.samples if isinstance(outcome, Shard) else 0)
                 with bar.external_write_mode():
@@ -201,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     else:
                         print(f"Shard {shard_id} failed: {core.explain(outcome)}", file=sys.stderr)
     finally:
-        ray.shutdown()
+        ray.shutdown()  # which ends the tasks that are left after a signal, on all nodes
         if stopped_by:  # a blocking call of Ray makes any exit an exit with code 1
             sys.exit(128 + stopped_by[0])
     summary = core.finish_run(run)

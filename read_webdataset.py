@@ -72,8 +72,9 @@ def find_shards(path: str, faults: Faults) -> list[str]:
         elif re.fullmatch(r"shard-.*\.tar", entry.name, re.DOTALL):
             faults["stray file, which readers may take for a shard"].append(entry.name)
     if not shards:
-        unfinished = core.staging_folders(path)
-        cure = "finish the run that was: --resume" if unfinished else "make some: ./run_parallel.sh"
+        cure = "pack some with ./run_parallel.sh"
+        if core.staging_folders(path):
+            cure = "an unfinished run is there: end it with --resume"
         raise Refused(f"--path {path!r} has no shard-*.tar; {cure}")
     return shards
 
@@ -374,7 +375,7 @@ def count_shards(shards: Sequence[str], listed: Sequence[str]) -> int:
     that it was packed from, tell.
     """
     total = shard_id(shards[-1]) + 1
-    for shard in shards[: SHOWN if listed else 0]:
+    for shard in shards[:5] if listed else ():
         keys = set()
         with open(shard, "rb") as stream, contextlib.suppress(Damaged):
             for name, _ in islice(read_members(stream, os.fstat(stream.fileno()).st_size), 64):
