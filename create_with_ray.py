@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes = pack_all(run, num_workers, "SPREAD")
         else:  # its CPUs bound what runs; a second task waits for each, so that none is idle
             outcomes = pack_all(run, 2 * num_workers)
-        bar = tqdm(total=len(run.samples), unit=" samples", disable=None)
+        bar = tqdm(total=run.total_samples, unit=" samples", disable=None)
         with bar:
             for shard_id, outcome in outcomes:
                 bar.update(outcome.samples if isinstance(outcome, Shard) else 0)

@@ -55,13 +55,13 @@ def run_script(name: str, *arguments: str | Path, **options) -> subprocess.Compl
     """Run a script as a user would, with this interpreter."""
     command = [str(ROOT / name)] if name.endswith(".sh") else [sys.executable, str(ROOT / name)]
     environment = {**os.environ, "PYTHON": sys.executable, **options.pop("env", {})}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.run(
         [*command, *map(str, arguments)],
         env=environment,
-        capture_output=True,
         text=True,
         timeout=120,
-        **options,
+        **{**streams, **options},
     )
 
 

@@ -145,15 +145,8 @@ def test_nobody_reads_the_output(script: str, tmp_path: Path) -> None:
     source, output = write_pairs(tmp_path / "source", 40), tmp_path / "o"
     reading, writing = os.pipe()
     os.close(reading)
-    command = [str(ROOT / script)] if script.endswith(".sh") else [sys.executable, ROOT / script]
-    done = subprocess.run(
-        [*command, "--source", source, "--output", output, "--num-shards=40"],
-        env={**os.environ, "PYTHON": sys.executable},
-        stdout=writing,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=120,
-    )
+    flags = ["--source", source, "--output", output, "--num-shards=40"]
+    done = run_script(script, *flags, stdout=writing)
     os.close(writing)
     assert done.returncode == 1 and "nobody reads the output any more" in done.stderr
     assert not list(output.glob("shard-*"))
