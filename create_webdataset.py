@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -22,51 +21,25 @@ import shutil
 import signal
 import stat
 import sys
-import tarfile
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import compress, cycle, islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-INSTALL = "is not installed; run: pip install -r requirements.txt"
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
-try:
-    import webdataset as wds
-    from webdataset.tariterators import base_plus_ext
-except ModuleNotFoundError as missing:
-    if __name__ != "__main__":
-        raise
-    sys.exit(f"error: {missing.name} {INSTALL}")
+from sharding.archive import FastTarWriter
+from sharding.errors import InputError, PackError, explain, naming
+from sharding.samples import list_samples, parse_fields, sample_files, sample_key
 
 SHARD_PATTERN = re.compile(r"shard-([0-9]{6})\.tar")
 PARTIAL_PATTERN = re.compile(r"\.shard-([0-9]{6})-[0-9a-f]{8}")  # see create_webdataset
 MAX_SHARDS = 1_000_000
 NUM_WORKERS = 4  # of a driver, unless told otherwise
-NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8
 Progress = Callable[[int], object]  # is told how many more samples are done
-
-CURES = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the disk quota is used up: free some space",
-    errno.EFBIG: "a file grew beyond the limit (ulimit -f): use more shards",
-    errno.EACCES: "check the permissions",
-    errno.EPERM: "check the permissions",
-    errno.EROFS: "choose an --output that can be written",
-    errno.EPIPE: "nobody reads the output any more",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-}
-
-
-class Refused(Exception):
-    """Bad input or usage: nothing was written; one line for the user, exit code 2."""
-
-
-class Failed(Exception):
-    """Work that failed: one line for the user, exit code 1."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__("", usage, description, examples, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise Refused(f"{message} (see --help)")
+        raise InputError(f"{message} (see --help)")
 
 
 def number_from(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
@@ -90,27 +63,6 @@ def number_from(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
         return int(text)
 
     return number
-
-
-def explain(error: BaseException) -> str:
-    """Say in one line what failed and, where it is known, the cure."""
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} {INSTALL}"
-    if isinstance(error, OSError) and error.strerror:
-        cure = CURES.get(error.errno or 0)
-        name = "" if error.filename is None else f"{error.filename!r}: "
-        return f"{name}{error.strerror}" + (f"; {cure}" if cure else "")
-    return " ".join(str(error).split())[:1_000] or type(error).__name__
-
-
-@contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Give an OSError the name of its file: one of reading or writing an open file has none."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or path
-        raise
 
 
 def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
@@ -132,189 +84,23 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
             return code
         except KeyboardInterrupt:
             return 130
-        except (Refused, Failed, OSError, ModuleNotFoundError) as error:
+        except (InputError, PackError, OSError, ModuleNotFoundError) as error:
             if isinstance(error, BrokenPipeError):  # so that the last flush does not fail, too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
-            return 2 if isinstance(error, Refused) else 1
+            return 2 if isinstance(error, InputError) else 1
 
     return wrapper
-
-
-# ---------------------------------------------------------------- from files to samples
-
-
-class Listing(NamedTuple):
-    """What a source holds.
-
-    A sample is written as its key. Only where an extension is not spelled in lower case
-    do the spellings of all its fields follow, each after a NUL: "cats/7\\0JPG\\0txt".
-    NUL sorts before every character of a name, so samples sort by key.
-    """
-
-    samples: list[str]
-    skipped: int  # incomplete samples that --skip-incomplete dropped
-    ignored: int  # names that are no part of a sample
-
-
-def sample_key(sample: str) -> str:
-    """Return the key of a sample of a Listing."""
-    return sample.partition("\0")[0]
-
-
-def sample_files(sample: str, fields: Sequence[str]) -> list[str]:
-    """Return the paths below source of a sample's files, in the order of `fields`."""
-    key, *spelled = sample.split("\0")
-    return [f"{key}.{extension}" for extension in spelled or fields]
-
-
-INCOMPLETE = "samples that lack a field; add it, give other --fields, or --skip-incomplete"
-DUPLICATE = "files whose key and field another has, in upper or lower case; rename them"
-DOTTED = "names with a dot before the field, which readers take for another key; rename them"
-RESERVED = "names that begin with __, which readers drop; rename them"
-BAD_NAME = "names that are not UTF-8, or that readers cannot split; rename them"
-
-
-def parse_fields(text: str) -> tuple[str, ...]:
-    """Return the fields of 'jpg,txt' in the order in which a shard holds them."""
-    fields = text.lower().split(",")
-    for field in fields:
-        if not re.fullmatch(r"[^_./\s][^/\s]*", field) or NOT_UTF8.search(field):
-            raise Refused(f"--fields {text!r}: {field!r} cannot be a field; write e.g. jpg,txt")
-    if len(set(fields)) < len(fields):
-        raise Refused(f"--fields {text!r} names a field twice; name each once")
-    return tuple(sorted(fields))
-
-
-def list_samples(
-    source: str | os.PathLike[str],
-    fields: Sequence[str] = ("jpg", "txt"),
-    skip_incomplete: bool = False,
-    shuffle: int | None = None,
-) -> Listing:
-    """List a source, check all of it, and put its samples into the order of the shards.
-
-    Args:
-        source: the folder, listed recursively, without hidden names and linked folders.
-        fields: the required fields, sorted, as `parse_fields` returns them.
-        skip_incomplete: drop and count samples that lack a field instead of refusing them.
-        shuffle: order samples by a hash of this seed and the key, instead of by key.
-
-    Raises:
-        Refused: the source cannot be read, or readers would lose or merge some of its samples.
-    """
-    if sys.getfilesystemencoding() != "utf-8":
-        raise Refused("file names must be read as UTF-8 to give the same keys; set PYTHONUTF8=1")
-    scan = Scan(source, fields)
-    try:
-        while scan.folders:
-            scan.list_folder(scan.folders.pop())
-    except OSError as error:
-        raise Refused(f"--source cannot be listed: {explain(error)}") from None
-    samples, faults = scan.samples, scan.faults
-    skipped = len(faults.pop(INCOMPLETE, ())) if skip_incomplete else 0
-    for problem, names in faults.items():
-        what, _, cure = problem.partition("; ")
-        first = ", ".join(repr(name[-100:]) for name in sorted(names)[:5])
-        raise Refused(f"--source {os.fspath(source)!r} has {what}: {len(names)} ({first}); {cure}")
-    if not samples:
-        cure = "put pairs such as " + " + ".join(f"sample-0.{field}" for field in fields)
-        cure += " there, or give other --fields"
-        if not skipped and not scan.ignored:
-            cure += ", or make some with ./make_dummy_data.sh"
-        raise Refused(f"--source {os.fspath(source)!r} has no complete sample: {cure}")
-    samples.sort(key=None if shuffle is None else functools.partial(shuffle_rank, shuffle))
-    return Listing(samples, skipped, scan.ignored)
-
-
-class Scan:
-    """What has been found so far in a source, and what is still to be listed."""
-
-    def __init__(self, source: str | os.PathLike[str], fields: Sequence[str]) -> None:
-        self.source = source
-        self.bits = {field: 1 << number for number, field in enumerate(fields)}
-        self.endings = tuple("." + field for field in fields)
-        self.folders = [""]  # to be listed, as "" or "cats/" below source
-        self.samples: list[str] = []
-        self.faults: dict[str, list[str]] = defaultdict(list)
-        self.ignored = 0
-
-    def list_folder(self, prefix: str) -> None:
-        """List the folder at `prefix`; note the folders within it for later."""
-        bits = self.bits  # looked up once: this loop sees each file of a dataset
-        held: dict[str, int] = {}  # name up to the first dot -> the fields that are there, as bits
-        spelled: dict[str, dict[str, str]] = defaultdict(dict)
-        folder = os.path.join(self.source, prefix[:-1]) if prefix else self.source
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                name = entry.name
-                if name[0] == ".":
-                    continue
-                regular = entry.is_file(follow_symlinks=False)
-                if not regular:
-                    if entry.is_dir(follow_symlinks=False):
-                        self.folders.append(f"{prefix}{name}/")
-                        continue
-                    regular = os.path.isfile(entry.path)  # a link to one?
-                stem, _, extension = name.partition(".")
-                bit = bits.get(extension) or bits.get(extension.lower())
-                if bit is None:
-                    self.ignored += 1
-                    if name.lower().endswith(self.endings):
-                        self.faults[DOTTED].append(prefix + name)
-                    continue
-                if regular and extension not in bits:
-                    spelled[stem][extension.lower()] = extension
-                before = held.get(stem, 0)
-                if before & bit:
-                    self.faults[DUPLICATE].append(prefix + name)
-                held[stem] = before | bit if regular else before
-        self.add_samples(prefix, held, spelled)
-
-    def add_samples(
-        self, prefix: str, held: Mapping[str, int], spelled: Mapping[str, Mapping[str, str]]
-    ) -> None:
-        """Note the complete samples of a folder, and what is wrong with the others."""
-        complete = (1 << len(self.bits)) - 1
-        for stem, bits in held.items():
-            key = prefix + stem
-            if fault := key_fault(prefix, stem):
-                self.faults[fault].append(key)
-            elif bits != complete:
-                lacking = next(field for field, bit in self.bits.items() if not bits & bit)
-                self.faults[INCOMPLETE].append(f"{key}.{lacking}")
-            elif stem in spelled:
-                self.samples.append("\0".join([key, *(spelled[stem].get(f, f) for f in self.bits)]))
-            else:
-                self.samples.append(key)
-
-
-def key_fault(prefix: str, stem: str) -> str:
-    """Return what keeps a folder's path and a stem from being a key, or nothing."""
-    if stem.startswith("__") or (prefix[:2] == "__" and re.match("__[^/]*__/", prefix)):
-        return RESERVED
-    key = prefix + stem
-    if key[:3] == "BZh" and re.match(r"BZh.1AY&SY", key, re.DOTALL):
-        return BAD_NAME  # in front of a shard, readers take it for bzip2
-    if key.isascii() and "\n" not in key:
-        return ""
-    split_back = not NOT_UTF8.search(key) and base_plus_ext(f"{key}.a") == (key, "a")
-    return "" if split_back else BAD_NAME
-
-
-def shuffle_rank(seed: int, sample: str) -> bytes:
-    """Return the place of a sample in the order of --shuffle, the same on every machine."""
-    return hashlib.blake2b(f"{seed}/{sample_key(sample)}".encode()).digest()
 
 
 def check_shard_numbers(total_shards: int, samples: int, shard_id: int = 0) -> None:
     """Refuse shard numbers that cannot be; an empty shard makes some readers fail."""
     if not 1 <= total_shards <= MAX_SHARDS:
-        raise Refused(f"{total_shards} shards: choose a number from 1 to {MAX_SHARDS:,}")
+        raise InputError(f"{total_shards} shards: choose a number from 1 to {MAX_SHARDS:,}")
     if not 0 <= shard_id < total_shards:
-        raise Refused(f"shard id {shard_id} is outside 0 to {total_shards - 1}")
+        raise InputError(f"shard id {shard_id} is outside 0 to {total_shards - 1}")
     if total_shards > samples:
-        raise Refused(f"{total_shards} shards for {samples} samples: choose at most {samples}")
+        raise InputError(f"{total_shards} shards for {samples} samples: choose at most {samples}")
 
 
 # ---------------------------------------------------------------- from samples to one shard
@@ -336,15 +122,11 @@ def shard_name(shard_id: int) -> str:
 
 
 CHANGED = "changed while it was packed; run again when it is at rest"
-WRITE_SIZE = 512 << 10  # bytes gathered for one write
-SEND_SIZE = 16 << 20  # bytes sent to the disk at a time
 WHOLE_SIZE = 64 << 10  # bytes of a file that is read in one piece; larger ones are copied
 AHEAD_SIZE = 512 << 10  # the same as WHOLE_SIZE, for files that are read ahead
 SLOW_READ = 0.0005  # seconds a file; a local disk takes a hundredth of that to open one
 SLOW_BATCHES = 3  # so many more slow batches than fast ones, and files are read ahead
 READ_THREADS, READ_BATCHES, READ_BATCH = 16, 24, 4  # 96 files ahead: 48 MB at most
-COPY_SIZE = 1 << 20  # bytes of a large file that are copied at a time
-PADDING = [bytes(length) for length in range(512)]
 
 
 class LargeFile(io.FileIO):
@@ -359,7 +141,7 @@ class LargeFile(io.FileIO):
         """Yield the content, piece by piece in the buffer, and close the file.
 
         Raises:
-            Failed: its size is another by now.
+            PackError: its size is another by now.
         """
         left = self.size
         with naming(self.path), self:
@@ -367,126 +149,29 @@ class LargeFile(io.FileIO):
                 left -= count
                 yield buffer[:count]
         if left or count:
-            raise Failed(f"{self.path!r} {CHANGED}")
+            raise PackError(f"{self.path!r} {CHANGED}")
 
 
 File = tuple[bytes | LargeFile, os.stat_result]
-
-
-class FastTarWriter(wds.TarWriter):  # type: ignore[misc]
-    """A drop-in for `wds.TarWriter(stream, encoder=False, mtime=0)`: same bytes, in less time.
-
-    Nearly all headers differ in name, size and checksum alone (the field offsets are those of
-    POSIX ustar), so one header made by tarfile serves as a template. Besides bytes, `write` takes
-    open files, which are copied in pieces.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        super().__init__(stream, encoder=False, mtime=0)
-        header = self.make_header("", 0)
-        self.template = (
-            b"%b" + header[100:124] + b"%b" + header[135:148] + b"%06o\0 " + header[156:]
-        )
-        # The checksum counts itself as spaces; what name and size add comes with each member.
-        self.checksum = sum(header[100:124] + header[135:148] + b" " * 8 + header[156:])
-        self.parts: list[bytes] = []  # what is to be written next
-        self.pending = 0  # bytes in parts, about
-        self.buffer = memoryview(bytearray(COPY_SIZE))
-        self.offset = 0  # bytes written
-        self.sent = 0  # bytes of them on their way to the disk
-
-    def fill_header(self, name: bytes, digits: bytes) -> bytes:
-        """Return the header of a member, given its name and the octal digits of its size."""
-        checksum = self.checksum + sum(name) + sum(digits)
-        return self.template % (name.ljust(100, b"\0"), digits, checksum)
-
-    def make_header(self, name: str, size: int) -> bytes:
-        """Return the header that tarfile makes for a member; here for what the template lacks."""
-        info = tarfile.TarInfo(name)
-        info.size, info.mode, info.uname, info.gname = size, self.mode, self.user, self.group
-        return info.tobuf(self.tarstream.format, self.tarstream.encoding, self.tarstream.errors)
-
-    def write(self, sample: Mapping[str, Any]) -> int:
-        """Write a sample, {"__key__": key, field: bytes or LargeFile, ...}; return its bytes."""
-        key, total = sample.get("__key__"), 0
-        if key is None:
-            raise ValueError("object must contain a __key__")
-        for field in sorted(sample):
-            if field[0] == "_":
-                continue
-            data = sample[field]
-            if isinstance(data, (bytearray, memoryview)):
-                data = bytes(data)  # whose owner may change it before it is written
-            whole = isinstance(data, bytes)
-            size = len(data) if whole else data.size
-            member, digits = f"{key}.{field}", b"%011o" % size
-            if len(member) <= 100 and len(digits) == 11 and member.isascii():
-                self.parts.append(self.fill_header(member.encode(), digits))
-            else:
-                self.parts.append(self.make_header(member, size))
-            if whole:
-                self.parts.append(data)
-                self.pending += size
-            else:
-                self.flush()
-                for piece in data.pieces(self.buffer):
-                    self.put(piece)
-            self.parts.append(PADDING[-size % 512])
-            total += size
-            self.pending += 1024  # about what header and padding take
-            if self.pending > WRITE_SIZE:
-                self.flush()
-        return total
-
-    def flush(self) -> None:
-        """Write what has been gathered, and start it on its way to the disk."""
-        self.put(b"".join(self.parts))
-        self.parts.clear()
-        self.pending = 0
-
-    def put(self, data: Any) -> None:
-        """Write all of these bytes, and send what has gathered on its way to the disk."""
-        self.offset += len(data)
-        left = memoryview(data)
-        while left:
-            left = left[self.stream.write(left) :]
-        if self.offset - self.sent > SEND_SIZE and isinstance(self.stream, io.FileIO):
-            # On Linux this starts to write the pages without waiting, so that fsync finds few.
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self.stream.fileno(), self.sent, 0, os.POSIX_FADV_DONTNEED)
-            self.sent = self.offset
-
-    def close(self) -> None:
-        """Finish the archive: two blocks of zeros, then zeros up to a whole record of 10,240."""
-        self.flush()
-        self.put(bytes(1024 + -(self.offset + 1024) % 10_240))
-
-    def __exit__(self, exc_type: object, exc_val: object, exc_tb: object) -> None:
-        """Finish the archive, or, after an exception, make sure that it looks cut short."""
-        if exc_type is None:
-            self.close()
-        else:
-            with contextlib.suppress(OSError):
-                self.stream.write(self.make_header("unfinished", 512))  # whose data never comes
 
 
 def read_file(path: str, source_fd: int, whole_size: int) -> File:
     """Return the content of a source file (or, where it is large, the open file) and its status.
 
     Raises:
-        Failed: it is no regular file any more, or its size changed under our hands.
+        PackError: it is no regular file any more, or its size changed under our hands.
     """
     # O_NONBLOCK: a FIFO that took the file's place must not block the run.
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=source_fd)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise Failed(f"{path!r} {CHANGED}")
+            raise PackError(f"{path!r} {CHANGED}")
         if status.st_size > whole_size:
             return LargeFile(os.dup(fd), path, status.st_size), status
         data = os.read(fd, status.st_size + 1)
         if len(data) != status.st_size:
-            raise Failed(f"{path!r} {CHANGED}")
+            raise PackError(f"{path!r} {CHANGED}")
         return data, status
     except OSError as error:
         error.filename = path
@@ -599,8 +284,8 @@ def create_webdataset(
         progress: called with 1 after each sample.
 
     Raises:
-        Refused: the source or the shard numbers are bad; nothing was written.
-        Failed, OSError: packing failed; no shard appeared.
+        InputError: the source or the shard numbers are bad; nothing was written.
+        PackError, OSError: packing failed; no shard appeared.
     """
     if samples is None:
         listing = list_samples(source, fields, skip_incomplete, shuffle)
@@ -667,12 +352,12 @@ def plan_run(args: argparse.Namespace) -> Run:
         args: the flags of `add_source_arguments`, and output and total_shards.
 
     Raises:
-        Refused: bad input.
+        InputError: bad input.
     """
     started = time.time()
     for name in ("source", "output", "total_shards"):
         if getattr(args, name) in (None, ""):
-            raise Refused(f"--{name.replace('_', '-')} is required (see --help)")
+            raise InputError(f"--{name.replace('_', '-')} is required (see --help)")
     fields = parse_fields(args.fields)
     source, output = os.path.abspath(args.source), os.path.abspath(args.output)
     listing = list_samples(source, fields, args.skip_incomplete, args.shuffle)
@@ -690,7 +375,7 @@ def start_run(run: Run, resume: bool) -> int:
         The descriptor that holds the lock.
 
     Raises:
-        Failed: another run is packing into this output.
+        PackError: another run is packing into this output.
     """
     os.makedirs(run.output, exist_ok=True)
     lock = lock_output(run.output)
@@ -730,7 +415,7 @@ def load_run(staging: str) -> Run:
             run = Run(*json.loads(stream.readline()))
             return run._replace(staging=staging, fields=tuple(run.fields))
     except (FileNotFoundError, ValueError, TypeError):
-        raise Failed(f"{plan!r} is damaged, or not there; remove its folder") from None
+        raise PackError(f"{plan!r} is damaged, or not there; remove its folder") from None
 
 
 def load_samples(staging: str, chosen: Iterable[bool] = repeat(True)) -> Iterator[str]:
@@ -744,18 +429,18 @@ def check_output(output: str, source: str, fields: Sequence[str]) -> None:
     """Refuse an output in which shards cannot take, or would harm, what has their names."""
     inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source))
     if "tar" in fields and inside:
-        raise Refused(f"--output {output!r} is inside --source, whose tars it could replace")
+        raise InputError(f"--output {output!r} is inside --source, whose tars it could replace")
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(output):
             if SHARD_PATTERN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                raise Refused(f"{entry.path!r} is a folder with a shard's name; move it away")
+                raise InputError(f"{entry.path!r} is a folder with a shard's name; move it away")
 
 
 def lock_output(output: str) -> int:
     """Take the lock of an output; it is gone when the last holder of the descriptor ends.
 
     Raises:
-        Failed: another run holds it.
+        PackError: another run holds it.
     """
     path = os.path.join(output, LOCK)
     while True:
@@ -763,7 +448,7 @@ def lock_output(output: str) -> int:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Failed(f"another run is packing into {output!r}; wait, or stop it") from None
+            raise PackError(f"another run is packing into {output!r}; wait, or stop it") from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(path)):
                 return fd
@@ -796,7 +481,7 @@ def same_run(old: str, run: Run) -> bool:
     """Tell whether the shards of an old staging folder can be kept; if not, say what differs."""
     try:
         before = load_run(old)._replace(samples=list(load_samples(old)))
-    except (OSError, ValueError, Failed):
+    except (OSError, ValueError, PackError):
         return False  # it ended before it packed anything
     differs = [RESUMED[name] for name in RESUMED if getattr(before, name) != getattr(run, name)]
     if differs:
@@ -866,13 +551,13 @@ def finish_run(run: Run) -> str:
     """Put the shards of a run in the place of the previous dataset; return the summary line.
 
     Raises:
-        Failed: shards are missing; the previous dataset is untouched.
+        PackError: shards are missing; the previous dataset is untouched.
     """
     paths = [os.path.join(run.staging, shard_name(number)) for number in range(run.total_shards)]
     missing = [str(number) for number, path in enumerate(paths) if not os.path.exists(path)]
     if missing:
         first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise Failed(
+        raise PackError(
             f"not packed: {len(missing):,} shards ({first}); the previous dataset is untouched; "
             "run again with --resume to pack just these"
         )
@@ -1014,7 +699,7 @@ def pack_shards(args: argparse.Namespace) -> int:
     if not args.run:
         os.makedirs(run.output, exist_ok=True)
         if interrupted_publishing(run.output):
-            raise Failed(INTERRUPTED)
+            raise PackError(INTERRUPTED)
         remove_shards(run.output, PARTIAL_PATTERN, shard_ids)
         pack = functools.partial(pack_into, run.output, run)
     own = cycle([shard_id in shard_ids for shard_id in range(run.total_shards)])
@@ -1030,11 +715,11 @@ def pack_shards(args: argparse.Namespace) -> int:
     with bar or contextlib.nullcontext():
         for place, shard_id in enumerate(shard_ids):
             if args.run and (os.getppid() != parent or not is_alive(run.driver)):
-                raise Failed("the driver is gone, so its workers stop")
+                raise PackError("the driver is gone, so its workers stop")
             try:
                 line = report(pack(shard_id, samples[place :: len(shard_ids)], bar and bar.update))
                 stream = sys.stdout
-            except (Failed, OSError) as error:
+            except (PackError, OSError) as error:
                 line = f"Shard {shard_id} failed: {explain(error)}"
                 stream, failed = sys.stderr, True
             with bar.external_write_mode() if bar else contextlib.nullcontext():
@@ -1053,13 +738,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.argv[0] = "run_parallel.sh"  # these are its steps, and so it signs their errors
     if args.start is not None:
         if len(args.start) < 2:
-            raise Refused("--start is a step of run_parallel.sh: use that")
+            raise InputError("--start is a step of run_parallel.sh: use that")
         start_script(*args.start)
     if args.publish:
         print(finish_run(load_run(args.publish)))
         return 0
     if args.shard_id is None:
-        raise Refused("--shard-id is required (see --help)")
+        raise InputError("--shard-id is required (see --help)")
     return pack_shards(args)
 
 

@@ -23,11 +23,14 @@ try:
     from tqdm import tqdm
 
     import create_webdataset as core
-    from create_webdataset import Failed, Refused, Run, Shard
+    from create_webdataset import Run, Shard
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
+import sharding
+from sharding.errors import InputError, PackError, explain
+from sharding.samples import sample_files
 
-MODULES = [core.__file__, __file__]  # what the tasks need on other nodes
+MODULES = [core.__file__, __file__, *sharding.__path__]  # what the tasks need on other nodes
 RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
 HICCUPS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what network storage says for a while
 EXAMPLE = "  python create_with_ray.py --address 10.0.0.1:6379 --num-shards 1000\n"
@@ -51,7 +54,7 @@ def connect(address: str | None, num_workers: int | None) -> int:
     """Start a local cluster, or join the one at `address`; return the number of tasks at a time.
 
     Raises:
-        Failed: no cluster answers at that address.
+        PackError: no cluster answers at that address.
     """
     options: dict[str, Any] = {"runtime_env": {"py_modules": MODULES}}
     if address is None:
@@ -62,9 +65,9 @@ def connect(address: str | None, num_workers: int | None) -> int:
     except Exception as error:  # Ray raises many kinds, Exception itself included
         reason = str(error).strip().partition("\n")[0]
         if address is None:
-            raise Failed(f"Ray does not start: {reason}") from None
+            raise PackError(f"Ray does not start: {reason}") from None
         cure = "is RAY_AUTH_MODE=token set, and the token the cluster's? see README, On a cluster"
-        raise Failed(f"--address {address!r}: {reason}; {cure}") from None
+        raise PackError(f"--address {address!r}: {reason}; {cure}") from None
     return num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
@@ -74,7 +77,7 @@ def check_address(address: str) -> None:
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, OverflowError, ValueError) as error:
-        raise Failed(f"--address {address!r}: {error}; see README, On a cluster") from None
+        raise PackError(f"--address {address!r}: {error}; see README, On a cluster") from None
 
 
 def probe_node(staging: str, file: str) -> bool:
@@ -89,7 +92,7 @@ def probe_node(staging: str, file: str) -> bool:
 def check_nodes(run: Run) -> None:
     """Refuse paths that are not the same on every node of the cluster, before any work."""
     Path(run.staging, PROBE).write_text(run.staging, encoding="utf-8")
-    file = os.path.join(run.source, core.sample_files(run.samples[0], run.fields)[0])
+    file = os.path.join(run.source, sample_files(run.samples[0], run.fields)[0])
     answers = {}
     for node in ray.nodes():
         if node["Alive"] and node["Resources"].get("CPU"):
@@ -99,9 +102,9 @@ def check_nodes(run: Run) -> None:
     try:
         blind = [name for name, answer in answers.items() if not ray.get(answer)]
     except ray.exceptions.RayError as error:
-        raise Failed(f"a node cannot run a task: {core.explain(error)}") from None
+        raise PackError(f"a node cannot run a task: {explain(error)}") from None
     if blind:
-        raise Failed(
+        raise PackError(
             f"nodes {', '.join(blind)} do not see the files that this machine sees: --source and "
             "--output must be on storage that all nodes share, under the same path, and can write"
         )
@@ -112,13 +115,13 @@ def pack_on_node(run: Run, shard_id: int, samples: Sequence[str]) -> Shard:
 
     Raises:
         Hiccup: the storage failed in a way that may pass; Ray tries again.
-        Failed: anything else; to try again would not help.
+        PackError: anything else; to try again would not help.
     """
     try:
         return core.pack_shard(run, shard_id, samples)
-    except (Failed, OSError) as error:
-        kind = Hiccup if getattr(error, "errno", None) in HICCUPS else Failed
-        raise kind(f"{core.explain(error)} (on node {ray.util.get_node_ip_address()})") from None
+    except (PackError, OSError) as error:
+        kind = Hiccup if getattr(error, "errno", None) in HICCUPS else PackError
+        raise kind(f"{explain(error)} (on node {ray.util.get_node_ip_address()})") from None
 
 
 def pack_all(
@@ -172,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
     if args.address and args.num_shards is None:
-        raise Refused("--address needs --num-shards: the shards must not depend on the cluster")
+        raise InputError("--address needs --num-shards: the shards must not depend on the cluster")
     run = core.plan_driver_run(args)
     if args.address and args.address != "auto":
         check_address(args.address)
@@ -194,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if isinstance(outcome, Shard):
                         print(core.report(outcome), flush=True)
                     else:
-                        print(f"Shard {shard_id} failed: {core.explain(outcome)}", file=sys.stderr)
+                        print(f"Shard {shard_id} failed: {explain(outcome)}", file=sys.stderr)
     finally:
         ray.shutdown()  # which ends the tasks that are left after a signal, on all nodes
         if stopped_by:  # a blocking call of Ray makes any exit an exit with code 1

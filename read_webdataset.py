@@ -26,17 +26,17 @@ try:
     import webdataset as wds
     from PIL import Image, ImageDraw, ImageOps, ImageSequence
     from tqdm import tqdm
-    from webdataset.tariterators import base_plus_ext
 
     import create_webdataset as core
-    from create_webdataset import Failed, Refused
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed; run: pip install -r requirements.txt")
+from sharding.archive import Damaged, read_members
+from sharding.errors import InputError, PackError, explain, naming
+from sharding.samples import list_samples, parse_fields, sample_files, sample_key, split_name
 
 IMAGE_FIELDS = {"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
 # Formats that Pillow decodes itself: for some others (EPS) it runs programs.
 FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
-MAX_NAME = 8 << 10  # bytes of an extended header; names of files have 4 KB at most
 TEXT_LIMIT = 200  # characters of a text that are printed
 MAX_IMAGE = 256 << 20  # bytes of an image that --decode takes into memory
 MISPLACED = "sample in another shard than this source and its flags say"
@@ -53,15 +53,15 @@ def find_shards(path: str, faults: Faults) -> list[str]:
     """Return the paths of the shards of a dataset, in order; note strays and folders.
 
     Raises:
-        Refused: there are none.
-        Failed: a run was cut short while its shards replaced the previous ones.
+        InputError: there are none.
+        PackError: a run was cut short while its shards replaced the previous ones.
     """
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         if core.interrupted_publishing(path):
-            raise Failed(f"{path!r}: {core.INTERRUPTED}")
+            raise PackError(f"{path!r}: {core.INTERRUPTED}")
     except OSError as error:
-        raise Refused(f"--path: {core.explain(error)}") from None
+        raise InputError(f"--path: {explain(error)}") from None
     shards = []
     for entry in entries:
         if core.SHARD_PATTERN.fullmatch(entry.name):
@@ -75,7 +75,7 @@ def find_shards(path: str, faults: Faults) -> list[str]:
         cure = "pack some with ./run_parallel.sh"
         if core.staging_folders(path):
             cure = "an unfinished run is there: end it with --resume"
-        raise Refused(f"--path {path!r} has no shard-*.tar; {cure}")
+        raise InputError(f"--path {path!r} has no shard-*.tar; {cure}")
     return shards
 
 
@@ -101,20 +101,6 @@ def plain_dataset(shards: Sequence[str], **options: Any) -> wds.WebDataset:
 
 # ---------------------------------------------------------------- checking one shard
 
-BLOCK = tarfile.BLOCKSIZE
-PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
-EXTENDED = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)  # these say more about the next member
-OCTAL = re.compile(rb"[0-7]{11}")
-WRITER = core.FastTarWriter(io.BytesIO())  # for the headers that nearly all members have
-# How readers recognise gzip, bzip2, xz, lzma and zstd (getcomptype of Python's tarfile).
-COMPRESSED = re.compile(
-    rb"\x1f\x8b\x08|BZh.1AY&SY|\xfd7zXZ|\x5d\0\0\x80|\x28\xb5\x2f\xfd", re.DOTALL
-)
-
-
-class Damaged(Exception):
-    """A shard that is not one whole, plain tar archive of plain files."""
-
 
 class Task(NamedTuple):
     """What a process needs to check one shard."""
@@ -139,74 +125,6 @@ class Report(NamedTuple):
     proved: bool = False  # byte for byte what the source makes it
 
 
-def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
-    """Yield (name, size) of each member, with the stream at its content.
-
-    Understands what tar writers make of plain files: POSIX ustar and pax headers, and GNU's long
-    names (https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html, "ustar Interchange
-    Format"). All else is refused, where readers would guess, skip it, or stop early in silence.
-    """
-    if COMPRESSED.match(stream.read(BLOCK)):
-        raise Damaged("compressed, or readers take it for that")
-    offset, extended = 0, b""
-    while True:
-        stream.seek(offset)
-        if stream.read(-offset % BLOCK).strip(b"\0"):
-            raise Damaged(f"bytes other than zero behind the member that ends at {offset:,}")
-        offset += -offset % BLOCK
-        header = stream.read(BLOCK)
-        if len(header) < BLOCK:
-            raise Damaged("cut short: the end-of-archive blocks are missing")
-        if not header[0] and not header.strip(b"\0"):
-            break
-        kind, name, size = read_header(header, extended, offset)
-        if not 0 <= size <= end - offset - BLOCK:
-            raise Damaged(f"cut short: the member at byte {offset:,} is not whole")
-        if kind in EXTENDED:
-            if extended or size > MAX_NAME:
-                raise Damaged(f"extended header of {size:,} bytes, or two in a row")
-            extended = header + stream.read(size + -size % BLOCK)
-        else:
-            extended = b""
-            if kind in PLAIN:
-                yield name, size
-        offset += BLOCK + size
-    stream.seek(offset)
-    if end - offset < 2 * BLOCK or extended:
-        raise Damaged("cut short: the second end-of-archive block, or a member, is missing")
-    while rest := stream.read(1 << 20):
-        if rest.strip(b"\0"):
-            raise Damaged("trailing garbage behind the end of the archive")
-
-
-def read_header(header: bytes, extended: bytes, offset: int) -> tuple[bytes, str, int]:
-    """Return type, name and size of a member, as tarfile, and so webdataset, reads them.
-
-    Args:
-        header: its 512 bytes.
-        extended: the pax header or GNU long name in front of it, whole, or nothing.
-        offset: where in the archive it is, for messages.
-    """
-    name, digits = header[:100].rstrip(b"\0"), header[124:135]
-    plain = OCTAL.fullmatch(digits) and name and b"\0" not in name and name[-1:] != b"/"
-    if plain and not extended and header == WRITER.fill_header(name, digits):
-        return b"0", name.decode("utf-8", "surrogateescape"), int(digits, 8)
-    where = f"at byte {offset:,}"
-    try:
-        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        if extended and b"GNU.sparse" not in extended:
-            with tarfile.open(fileobj=io.BytesIO(extended + header), mode="r:") as tar:
-                info = tar.next() or info
-    except Exception as error:  # tarfile raises nearly anything on hostile headers
-        raise Damaged(f"no tar header {where}: damaged, compressed or no tar at all") from error
-    kind, size = info.type, info.size
-    if kind not in (*PLAIN, *EXTENDED, tarfile.DIRTYPE) or b"GNU.sparse" in extended:
-        raise Damaged(f"member of type {kind!r}, which is no plain file, {where}")
-    if kind == tarfile.DIRTYPE and (size or header[156:157] != kind):
-        raise Damaged(f"a folder's name on a file, or a folder with content, {where}")
-    return kind, info.name, size
-
-
 class Comparison(io.BytesIO):
     """A stream to write to that compares what is written with what a file holds."""
 
@@ -223,13 +141,13 @@ class Comparison(io.BytesIO):
 
 def check_shard(task: Task) -> Report:
     """Check one shard; a shard that is, byte for byte, what it must be is not looked at twice."""
-    with core.naming(task.path), open(task.path, "rb", buffering=1 << 16) as stream:
+    with naming(task.path), open(task.path, "rb", buffering=1 << 16) as stream:
         size = os.fstat(stream.fileno()).st_size
         if task.samples and not task.decode:
             try:
                 core.write_samples(Comparison(stream), task.source, task.samples, task.fields)
                 if not stream.read(1):
-                    usual = {tuple(task.fields): core.sample_key(task.samples[0])}
+                    usual = {tuple(task.fields): sample_key(task.samples[0])}
                     return Report(task.path, size, (), len(task.samples), usual, (), proved=True)
             except Damaged:
                 stream.seek(0)
@@ -241,7 +159,7 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
     faults: list[tuple[str, str]] = []
     keys: list[str] = []
     field_sets: dict[tuple[str, ...], str] = {}
-    expected = {core.sample_key(sample): sample for sample in task.samples}
+    expected = {sample_key(sample): sample for sample in task.samples}
     current: set[str] = set()
     seen: set[str] = set()
 
@@ -255,10 +173,10 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
     sound = False
     try:
         for name, length in read_members(stream, size):
-            key, field = base_plus_ext(name)
-            if key is not None and field.startswith("__"):
+            key, field = split_name(name)
+            if field is not None and field.startswith("__"):
                 raise Damaged(f"member {name!r}, whose field is reserved")
-            if key is None or re.match(r"__[^/]*__($|/)", name):
+            if key is None or field is None or re.match(r"__[^/]*__($|/)", name):
                 faults.append(("member that readers drop", repr(name)))
                 continue
             if not keys or key != keys[-1]:
@@ -287,7 +205,7 @@ def check_content(
 ) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with the content of a member, compared with its file and with Pillow."""
     if sample is not None and field in task.fields:
-        path = core.sample_files(sample, task.fields)[task.fields.index(field)]
+        path = sample_files(sample, task.fields)[task.fields.index(field)]
         with open(os.path.join(task.source, path), "rb") as file:
             start = stream.tell()
             pieces = iter(lambda: file.read(1 << 20), b"")
@@ -332,10 +250,10 @@ def decode(image: Image.Image) -> None:
 
 def check_dataset(shards: Sequence[str], args: argparse.Namespace, faults: Faults) -> list[Report]:
     """Check every shard, in `--num-workers` processes, and what only shows across shards."""
-    fields = core.parse_fields(args.fields)
+    fields = parse_fields(args.fields)
     listed: Sequence[str] = ()  # a source that holds none is refused
     if args.source is not None:
-        listed = core.list_samples(args.source, fields, args.skip_incomplete, args.shuffle).samples
+        listed = list_samples(args.source, fields, args.skip_incomplete, args.shuffle).samples
     total = count_shards(shards, listed)
     tasks = (
         Task(shard, args.decode, args.source, fields, listed[shard_id(shard) :: total])
@@ -379,8 +297,8 @@ def count_shards(shards: Sequence[str], listed: Sequence[str]) -> int:
         keys = set()
         with open(shard, "rb") as stream, contextlib.suppress(Damaged):
             for name, _ in islice(read_members(stream, os.fstat(stream.fileno()).st_size), 64):
-                keys.add(base_plus_ext(name)[0])
-        places = [place for place, sample in enumerate(listed) if core.sample_key(sample) in keys]
+                keys.add(split_name(name)[0])
+        places = [place for place, sample in enumerate(listed) if sample_key(sample) in keys]
         steps = {after - before for before, after in pairwise(places)}
         if places[:1] == [shard_id(shard)] and len(steps) == 1:  # else damaged, or another source
             return max(total, *steps)
@@ -410,7 +328,7 @@ def compare_shards(
     homes = [core.shard_name(number) for number in range(total)]
     proved = {os.path.basename(report.path) for report in reports if report.proved}
     for place, sample in enumerate(listed):
-        key, home = core.sample_key(sample), homes[place % total]
+        key, home = sample_key(sample), homes[place % total]
         found = places.pop(key, None)
         if home in proved:
             if found:
@@ -486,9 +404,11 @@ def check_preview(target: str, limit: int) -> None:
     """Refuse a contact sheet that cannot be drawn, before any work."""
     Image.init()
     if Image.EXTENSION.get(os.path.splitext(target)[1].lower()) not in Image.SAVE:
-        raise Refused(f"--preview {target!r}: no ending of an image, such as .png")
+        raise InputError(f"--preview {target!r}: no ending of an image, such as .png")
     if limit > MAX_PREVIEW:
-        raise Refused(f"--preview draws at most {MAX_PREVIEW:,} samples; choose a smaller --limit")
+        raise InputError(
+            f"--preview draws at most {MAX_PREVIEW:,} samples; choose a smaller --limit"
+        )
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
@@ -549,7 +469,7 @@ class SplitShards:
             rank, world_size = self.node
         readers, reader = world_size * num_workers, rank * num_workers + worker
         if len(shards) < world_size:
-            raise Failed(f"{len(shards)} shards for {world_size} ranks: pack at least as many")
+            raise PackError(f"{len(shards)} shards for {world_size} ranks: pack at least as many")
         if len(shards) < readers and reader == 0 and self.epoch == 0:
             warnings.warn(
                 f"{len(shards)} shards for {readers} readers (ranks: {world_size}, "
@@ -579,12 +499,12 @@ def open_webdataset(
         seed: of both shuffles.
 
     Raises:
-        Refused, Failed: there are no shards, or not just shards.
+        InputError, PackError: there are no shards, or not just shards.
     """
     faults: Faults = defaultdict(list)
     shards = find_shards(os.fspath(path), faults)
     for kind, details in faults.items():
-        raise Failed(f"{kind}: {details[0]}")
+        raise PackError(f"{kind}: {details[0]}")
     dataset = plain_dataset(
         shards,
         shardshuffle=False,  # SplitShards does it, before it deals
@@ -637,17 +557,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         reports = check_dataset(shards, args, faults)
     except BrokenProcessPool:
-        raise Failed("a checking process was killed; is there memory for --num-workers?") from None
+        raise PackError(
+            "a checking process was killed; is there memory for --num-workers?"
+        ) from None
     sound = [report.path for report in reports if report.sound]
     try:
         for number, sample in enumerate(read_samples([] if args.quiet else sound, args.limit)):
             print_sample(number, sample)
     except (tarfile.TarError, ValueError) as error:
-        raise Failed(f"webdataset cannot read a shard: {core.explain(error)}") from None
+        raise PackError(f"webdataset cannot read a shard: {explain(error)}") from None
     if args.preview is not None:
         draw_preview(sound, drawn, args.preview)
     if identify(shards) != before:
-        raise Failed(f"{args.path!r}: the dataset was replaced while it was read; run again")
+        raise PackError(f"{args.path!r}: the dataset was replaced while it was read; run again")
     print_faults(faults)
     verdict = "OK" if not faults else f"{sum(map(len, faults.values())):,} faults"
     if args.source is not None and not faults:

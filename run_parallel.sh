@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Pack a folder of samples into WebDataset shards, with background processes on this machine.
 set -euo pipefail
-export OPENBLAS_NUM_THREADS=1 # numpy, which webdataset imports, would start threads in each worker
 
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 core=$here/create_webdataset.py

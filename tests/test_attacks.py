@@ -15,13 +15,14 @@ from conftest import ROOT, hashes, run_script, write_pairs
 import create_webdataset as core
 import create_with_ray
 import read_webdataset as reader
+from sharding.errors import InputError, PackError
 
 
 def test_key_that_looks_like_bzip2(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 0)
     for field in ("jpg", "txt"):
         (source / f"BZh91AY&SY.{field}").touch()
-    with pytest.raises(core.Refused, match="cannot split"):
+    with pytest.raises(InputError, match="cannot split"):
         core.list_samples(source)
 
 
@@ -176,7 +177,7 @@ def test_lock_outlives_a_killed_driver_only_with_its_workers(tmp_path: Path) -> 
     def second() -> None:
         try:
             core.lock_output(str(tmp_path))
-        except core.Failed as error:
+        except PackError as error:
             failures.append(error)
 
     thread = threading.Thread(target=second)

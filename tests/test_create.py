@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 import create_webdataset as core
+from sharding.errors import InputError
+from sharding.samples import Listing, sample_files, sample_key, split_name
 
 
 def pack(source: Path, output: Path, *flags: str, total: int = 1) -> int:
@@ -147,7 +149,7 @@ def test_refused(step: str, make, flags: list[str], message: str, tmp_path: Path
 @pytest.mark.parametrize("total", [-1, 0, 1_000_001])
 def test_a_call_with_a_wrong_number_of_shards(total: int, tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 2)
-    with pytest.raises(core.Refused, match="choose a number"):
+    with pytest.raises(InputError, match="choose a number"):
         core.create_webdataset(source, tmp_path / "output", 0, total)
     assert not (tmp_path / "output").exists()
 
@@ -244,7 +246,7 @@ def test_function_returns_what_it_did(tmp_path: Path) -> None:
     shard = core.create_webdataset(source, tmp_path / "output", 1, 2)
     assert (shard.shard_id, shard.samples, shard.how) == (1, 2, "created")
     assert shard.bytes == (tmp_path / "output" / "shard-000001.tar").stat().st_size
-    with pytest.raises(core.Refused):
+    with pytest.raises(InputError):
         core.create_webdataset(source, tmp_path / "output", 2, 2)
 
 
@@ -284,7 +286,7 @@ def test_fields_and_incomplete(tmp_path: Path) -> None:
         "c.json",
         "c.seg.png",
     ]
-    assert core.list_samples(source, ("json", "seg.png"), True) == core.Listing(
+    assert core.list_samples(source, ("json", "seg.png"), True) == Listing(
         ["a\0json\0seg.PNG", "c"], skipped=1, ignored=1
     )
 
@@ -356,11 +358,11 @@ def test_what_is_accepted_is_split_back(tmp_path_factory, parts: list[str]) -> N
     path.write_bytes(b"")
     try:
         (sample,) = core.list_samples(source, ("jpg",)).samples
-    except core.Refused:
+    except InputError:
         return
-    (name,) = core.sample_files(sample, ("jpg",))
+    (name,) = sample_files(sample, ("jpg",))
     assert source / name == path
-    assert base_plus_ext(f"{core.sample_key(sample)}.jpg") == (core.sample_key(sample), "jpg")
+    assert base_plus_ext(f"{sample_key(sample)}.jpg") == (sample_key(sample), "jpg")
 
 
 def test_as_a_script(tmp_path: Path) -> None:
@@ -371,9 +373,27 @@ def test_as_a_script(tmp_path: Path) -> None:
     assert run_script("create_webdataset.py", "--help").returncode == 0
 
 
-@pytest.mark.parametrize("name", ["create_webdataset", "create_with_ray", "read_webdataset"])
+@pytest.mark.parametrize("name", ["create_with_ray", "read_webdataset"])
 def test_without_webdataset_says_how_to_install(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-S", "-E", str(Path(core.__file__).with_stem(name)), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["create_webdataset.py", "run_parallel.sh"])
+def test_packing_needs_the_standard_library_alone(script: str, tmp_path: Path) -> None:
+    for name in ("numpy", "torch", "webdataset"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__name__} was imported')")
+    source, last = write_pairs(tmp_path / "source", 4), ["--num-shards=1"]
+    if script == "create_webdataset.py":
+        last = ["--shard-id=0", "--total-shards=1"]
+    flags = ["--source", source, "--output", tmp_path / "o", *last]
+    done = run_script(script, *flags, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+
+
+@given(st.one_of(st.text(), st.text("a./\n_", max_size=9)))
+@settings(max_examples=1_000)
+def test_names_are_split_as_webdataset_splits_them(name: str) -> None:
+    assert split_name(name) == base_plus_ext(name)

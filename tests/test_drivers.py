@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -78,6 +79,7 @@ def test_defaults_from_any_directory(tmp_path: Path) -> None:
     for name in ("create_webdataset.py", "run_parallel.sh", "make_dummy_data.sh"):
         (project / name).write_bytes((ROOT / name).read_bytes())
         (project / name).chmod(0o755)
+    shutil.copytree(ROOT / "sharding", project / "sharding")
     environment = {**os.environ, "PYTHON": sys.executable, "CDPATH": "/"}
     for command in ("make_dummy_data.sh", "run_parallel.sh"):
         done = subprocess.run(

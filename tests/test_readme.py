@@ -25,6 +25,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir(parents=True)
     for name in names:
         shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "sharding", folder / "sharding")
     (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (folder / "bin" / "python").chmod(0o755)
     return folder
@@ -120,7 +121,8 @@ def test_every_flag_is_there(script: str) -> None:
 
 def test_messages() -> None:
     """What the README says about a message is about one that a script can print."""
-    sources = [path.read_text() for path in ROOT.glob("*") if path.suffix in (".py", ".sh")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("sharding/*.py")]
+    sources = [path.read_text() for path in paths]
     code = re.sub(r'"\s+f?"', "", "".join(sources))
     (table,) = re.findall(r"\| Message \|.*?\n\n", README, re.DOTALL)
     messages = re.findall(r"^\| `(.*?)`[^|]*\|", table, re.M)
@@ -140,5 +142,14 @@ def test_speeds() -> None:
 
 
 def test_training_loop_is_python() -> None:
-    (loop,) = re.findall(r"```python\n(import os\n.*?)```", README, re.DOTALL)
+    (loop,) = re.findall(r"```python\n(import os\n\n.*?)```", README, re.DOTALL)
     compile(loop, "train.py", "exec")
+
+
+def test_the_plain_loop_writes_the_same_shard(project: Path) -> None:
+    (loop,) = re.findall(r"```python\n(import os\nimport webdataset.*?)```", README, re.DOTALL)
+    run("./make_dummy_data.sh && ./run_parallel.sh", project)
+    done = subprocess.run([sys.executable, "-c", loop], cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours = project / "webdataset_output" / "shard-000000.tar"
+    assert (project / "shard-000000.tar").read_bytes() == ours.read_bytes()

@@ -68,6 +68,20 @@ def test_a_killed_process(good: tuple[Path, Path], capfd, monkeypatch) -> None:
     assert not out and "a checking process was killed" in err and err.count("\n") == 1
 
 
+def test_an_interrupt_is_no_damage(good: tuple[Path, Path], capfd, monkeypatch) -> None:
+    """Ctrl-C while shards are compared with the source ends the proof; it was once swallowed."""
+    calls, read_batch = iter([1, 2]), core.read_batch
+
+    def interrupted(*args: object) -> list[core.File]:
+        if not next(calls, None):
+            raise KeyboardInterrupt
+        return read_batch(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(core, "read_batch", interrupted)
+    assert reader.main(["--path", str(good[1]), "--source", str(good[0]), "--quiet"]) == 130
+    assert capfd.readouterr().out == ""
+
+
 def test_an_empty_shard_too_many(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """wds.TarWriter writes such a shard when it gets no samples."""
     source, output = write_pairs(tmp_path / "source", 2), tmp_path / "output"

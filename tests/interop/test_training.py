@@ -162,7 +162,7 @@ def test_training(packed: Path, decode: str) -> None:
 def test_the_loop_of_the_readme(launcher: list[str], tmp_path: Path) -> None:
     """It runs as it stands, alone and under torchrun, on the sample data."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (loop,) = re.findall(r"```python\n(import os\n.*?)```", readme, re.DOTALL)
+    (loop,) = re.findall(r"```python\n(import os\n\n.*?)```", readme, re.DOTALL)
     (tmp_path / "train.py").write_text(loop, encoding="utf-8")
     made = run_script("make_dummy_data.sh", "64", tmp_path / "source")
     assert made.returncode == 0, made.stderr
