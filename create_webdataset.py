@@ -126,7 +126,8 @@ WHOLE_SIZE = 64 << 10  # bytes of a file that is read in one piece; larger ones 
 AHEAD_SIZE = 512 << 10  # the same as WHOLE_SIZE, for files that are read ahead
 SLOW_READ = 0.0005  # seconds a file; a local disk takes a hundredth of that to open one
 SLOW_BATCHES = 3  # so many more slow batches than fast ones, and files are read ahead
-READ_THREADS, READ_BATCHES, READ_BATCH = 16, 24, 4  # 96 files ahead: 48 MB at most
+READ_THREADS, AHEAD_BATCHES, AHEAD_FILES = 16, 24, 4  # 96 files ahead: 48 MB at most
+BATCH_SAMPLES = 16  # read at a time where nothing is read ahead
 
 
 class LargeFile(io.FileIO):
@@ -152,55 +153,72 @@ class LargeFile(io.FileIO):
             raise PackError(f"{self.path!r} {CHANGED}")
 
 
-File = tuple[bytes | LargeFile, os.stat_result]
+class Batch(NamedTuple):
+    """What a few samples become in a shard: their members, in order."""
+
+    samples: int
+    names: list[str]
+    contents: list[bytes | LargeFile]
+    stamps: list[int]  # size and time of each file: see `stamp`
 
 
-def read_file(path: str, source_fd: int, whole_size: int) -> File:
-    """Return the content of a source file (or, where it is large, the open file) and its status.
+def read_batch(
+    source_fd: int, whole_size: int, fields: Sequence[str], samples: Sequence[str]
+) -> Batch:
+    """Read the files of a few samples; those above `whole_size` bytes are left open instead.
+
+    One function for many files: for small ones, a call for each is a good part of the time.
 
     Raises:
-        PackError: it is no regular file any more, or its size changed under our hands.
+        PackError: one is no regular file any more, or its size changed under our hands.
     """
-    # O_NONBLOCK: a FIFO that took the file's place must not block the run.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=source_fd)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise PackError(f"{path!r} {CHANGED}")
-        if status.st_size > whole_size:
-            return LargeFile(os.dup(fd), path, status.st_size), status
-        data = os.read(fd, status.st_size + 1)
-        if len(data) != status.st_size:
-            raise PackError(f"{path!r} {CHANGED}")
-        return data, status
-    except OSError as error:
-        error.filename = path
-        raise
-    finally:
-        os.close(fd)
+    batch = Batch(len(samples), [], [], [])
+    for sample in samples:
+        for field, path in zip(fields, sample_files(sample, fields), strict=True):
+            # O_NONBLOCK: a FIFO that took the file's place must not block the run.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=source_fd)
+            try:
+                status = os.fstat(fd)
+                size = status.st_size
+                if not stat.S_ISREG(status.st_mode):
+                    raise PackError(f"{path!r} {CHANGED}")
+                if size > whole_size:
+                    batch.contents.append(LargeFile(os.dup(fd), path, size))
+                else:
+                    data = os.read(fd, size + 1)
+                    if len(data) != size:
+                        raise PackError(f"{path!r} {CHANGED}")
+                    batch.contents.append(data)
+            except OSError as error:
+                error.filename = path
+                raise
+            finally:
+                os.close(fd)
+            batch.names.append(f"{sample_key(sample)}.{field}" if "\0" in sample else path)
+            batch.stamps.extend((size, status.st_mtime_ns))
+    return batch
 
 
-def read_batch(source_fd: int, whole_size: int, paths: Sequence[str]) -> list[File]:
-    """Return what `read_file` gives for each path."""
-    return [read_file(path, source_fd, whole_size) for path in paths]
-
-
-def read_files(paths: Iterator[str], source_fd: int) -> Generator[File, None, None]:
-    """Yield what `read_file` gives for each path, in order; read ahead once files open slowly.
+def read_samples(
+    samples: Iterable[str], fields: Sequence[str], source_fd: int
+) -> Generator[Batch, None, None]:
+    """Yield what `read_batch` gives for all samples, in order; read ahead once files open slowly.
 
     Many reads at a time hide the latency of NFS, Lustre or a cloud disk; on a fast disk, threads
     cost two to three times what they save.
     """
-    batches = iter(lambda: list(islice(paths, READ_BATCH)), [])
-    slow = 0
-    while slow < SLOW_BATCHES and (batch := next(batches, None)):
+    left, slow, few = iter(samples), 0, max(1, AHEAD_FILES // len(fields))
+    count = few  # at first, so that a slow disk is found out soon
+    while slow < SLOW_BATCHES and (some := list(islice(left, count))):
         start = time.perf_counter()
-        files = read_batch(source_fd, WHOLE_SIZE, batch)
-        slow = max(0, slow + (1 if time.perf_counter() - start > SLOW_READ * READ_BATCH else -1))
-        yield from files
-    read = functools.partial(read_batch, source_fd, AHEAD_SIZE)
-    for files in in_order(ThreadPoolExecutor(READ_THREADS), read, batches, READ_BATCHES):
-        yield from files
+        batch = read_batch(source_fd, WHOLE_SIZE, fields, some)
+        is_slow = time.perf_counter() - start > SLOW_READ * len(batch.names)
+        slow = max(0, slow + (1 if is_slow else -1))
+        count = few if is_slow else BATCH_SAMPLES
+        yield batch
+    batches = iter(lambda: list(islice(left, few)), [])
+    read = functools.partial(read_batch, source_fd, AHEAD_SIZE, fields)
+    yield from in_order(ThreadPoolExecutor(READ_THREADS), read, batches, AHEAD_BATCHES)
 
 
 def in_order(
@@ -219,9 +237,12 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
+STAMP = b"%d %d "  # size and time of a file: what tells it from a later version of it
+
+
 def stamp(status: os.stat_result) -> bytes:
-    """Return what tells a source file from a later version of it."""
-    return b"%d %d " % (status.st_size, status.st_mtime_ns)
+    """Return the stamp of a source file."""
+    return STAMP % (status.st_size, status.st_mtime_ns)
 
 
 def write_samples(
@@ -238,23 +259,20 @@ def write_samples(
     """
     seen = hashlib.blake2b(digest_size=16)
     source_fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
-    files = read_files((path for s in samples for path in sample_files(s, fields)), source_fd)
+    batches = read_samples(samples, fields, source_fd)
     try:
         with FastTarWriter(stream) as sink:
-            for sample in samples:
-                data: dict[str, Any] = {"__key__": sample_key(sample)}
-                for field in fields:
-                    data[field], status = next(files)
-                    seen.update(stamp(status))
-                sink.write(data)
+            for batch in batches:
+                sink.write_members(batch.names, batch.contents)
+                seen.update(STAMP * len(batch.names) % tuple(batch.stamps))
                 if progress:
-                    progress(1)
+                    progress(batch.samples)
     except OSError as error:
         if error.filename:  # the path of a file that could not be read, below source
             error.filename = os.path.join(source, error.filename)
         raise
     finally:
-        files.close()
+        batches.close()
         os.close(source_fd)
     return seen
 
@@ -281,7 +299,7 @@ def create_webdataset(
         output: the folder for the shard, made when it is missing.
         shard_id, total_shards: which shard to pack, 0 <= shard_id < total_shards.
         samples: this shard's own samples, from a caller that has listed the source already.
-        progress: called with 1 after each sample.
+        progress: called with the number of samples that have just been packed.
 
     Raises:
         InputError: the source or the shard numbers are bad; nothing was written.

@@ -72,7 +72,7 @@ def test_an_interrupt_is_no_damage(good: tuple[Path, Path], capfd, monkeypatch) 
     """Ctrl-C while shards are compared with the source ends the proof; it was once swallowed."""
     calls, read_batch = iter([1, 2]), core.read_batch
 
-    def interrupted(*args: object) -> list[core.File]:
+    def interrupted(*args: object) -> core.Batch:
         if not next(calls, None):
             raise KeyboardInterrupt
         return read_batch(*args)  # type: ignore[arg-type]
