@@ -199,7 +199,7 @@ def read_batch(
     return batch
 
 
-def read_samples(
+def read_batches(
     samples: Iterable[str], fields: Sequence[str], source_fd: int
 ) -> Generator[Batch, None, None]:
     """Yield what `read_batch` gives for all samples, in order; read ahead once files open slowly.
@@ -259,7 +259,7 @@ def write_samples(
     """
     seen = hashlib.blake2b(digest_size=16)
     source_fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
-    batches = read_samples(samples, fields, source_fd)
+    batches = read_batches(samples, fields, source_fd)
     try:
         with FastTarWriter(stream) as sink:
             for batch in batches:

@@ -21,6 +21,7 @@ BLOCK = tarfile.BLOCKSIZE
 WRITE_SIZE = 512 << 10  # bytes gathered for one write
 SEND_SIZE = 16 << 20  # bytes sent to the disk at a time
 COPY_SIZE = 1 << 20  # bytes of a large file that are copied at a time
+PAX_SIZE = 8 << 30  # bytes from which a size does not fit the header's eleven octal digits
 MAX_EXTENDED = 8 << 10  # bytes of an extended header; names of files have 4 KB at most
 
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
@@ -145,10 +146,10 @@ class FastTarWriter:
             if not isinstance(content, bytes):
                 self._write_pieces(name, content)
                 continue
-            encoded = name.encode("utf-8", "surrogateescape")
             size = len(content)
             middle, checksum, padding = _of_size(size)
-            if len(encoded) <= 100 and name.isascii():
+            if len(name) <= 100 and size < PAX_SIZE and name.isascii():
+                encoded = name.encode()
                 checksum += _name_checksum(encoded)
                 parts += (
                     encoded.ljust(100, b"\0"), middle, _of_checksum(checksum), content, padding,

@@ -56,6 +56,16 @@ def test_headers_of_any_size(name: str, size: int) -> None:
     assert archive.make_header(name, size) == info.tobuf()
 
 
+def test_a_content_in_memory_of_8_gib() -> None:
+    class Huge(bytes):
+        def __len__(self) -> int:
+            return 8 << 30
+
+    stream = io.BytesIO()
+    archive.FastTarWriter(stream).write({"__key__": "a", "jpg": Huge()})
+    assert stream.getvalue() == archive.make_header("a.jpg", 8 << 30)
+
+
 def test_text_is_for_the_caller_to_encode() -> None:
     with pytest.raises(TypeError, match="field 'txt' is str"):
         archive.FastTarWriter(io.BytesIO()).write({"__key__": "a", "txt": "words"})
