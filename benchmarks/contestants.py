@@ -82,7 +82,10 @@ def ours_unsynced(task: Task) -> None:
 
 def listing(task: Task) -> None:
     """List, check and sort, and nothing after it."""
-    print("counted", len(core().list_samples(task.source).samples))
+    core()
+    from sharding.samples import list_samples
+
+    print("counted", len(list_samples(task.source).samples))
 
 
 # ---------------------------------------------------------------- webdataset

@@ -4,38 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 
-INSTALL = "is not installed; run: pip install -r requirements.txt"
-CURES = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the disk quota is used up: free some space",
+CURES = {  # where the system's own words do not say what to do
     errno.EFBIG: "a file grew beyond the limit (ulimit -f): use more shards",
-    errno.EACCES: "check the permissions",
-    errno.EPERM: "check the permissions",
-    errno.EROFS: "choose an --output that can be written",
-    errno.EPIPE: "nobody reads the output any more",
+    errno.EPIPE: "the reader of this output has gone away",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 
 
-class InputError(ValueError):
+class _Error(Exception):
+    def __str__(self) -> str:
+        return super().__str__().replace("\0", "")
+
+
+class InputError(_Error, ValueError):
     """Bad input or usage: nothing was written. Exit code 2 on a command line."""
 
 
-class PackError(RuntimeError):
+class PackError(_Error, RuntimeError):
     """Work that failed. Exit code 1 on a command line."""
 
 
+def argument(name: str) -> str:
+    """Return how a message of these errors names an argument.
+
+    A Python caller reads `num_shards`; `explain` makes it `--num-shards`.
+    """
+    return f"\0{name}\0"
+
+
 def explain(error: BaseException) -> str:
-    """Say in one line what failed and, if known, the cure."""
+    """Say in one line, to the user of a command line, what failed and, if known, the cure."""
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} {INSTALL}"
+        return f"{error.name} is not installed; run: pip install -r requirements.txt"
     if isinstance(error, OSError) and error.strerror:
         cure = CURES.get(error.errno or 0)
         name = "" if error.filename is None else f"{error.filename!r}: "
         return f"{name}{error.strerror}" + (f"; {cure}" if cure else "")
-    return " ".join(str(error).split())[:1_000] or type(error).__name__
+    text = str(error.args[0]) if isinstance(error, _Error) and error.args else str(error)
+    text = re.sub("\0([a-z_]+)\0", lambda match: "--" + match[1].replace("_", "-"), text)
+    return " ".join(text.split())[:1_000] or type(error).__name__
 
 
 @contextlib.contextmanager

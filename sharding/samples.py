@@ -1,4 +1,4 @@
-"""From files to samples: keys and fields, what is refused, and the order.
+"""From files to samples: keys and fields, what is refused, the order, and the deal.
 
 Knows names alone: it lists a folder of raw files and opens none of them.
 """
@@ -11,13 +11,50 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
-from sharding.errors import InputError, explain
+from sharding.errors import InputError, argument, explain
 
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8
+RESERVED_FOLDER = re.compile(r"__[^/]*__($|/)")  # in front of a name: webdataset drops it
+MAX_GROWN = 100_000  # entries of a table that only saves time
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # see split_name
+
+INCOMPLETE = "samples that lack a field; add it, give other {fields}, or {skip_incomplete}"
+DUPLICATE = "files whose key and field another has, in upper or lower case; rename them"
+DOTTED = "names with a dot before the field, which readers take for another key; rename them"
+RESERVED = "names that begin with __, which readers drop; rename them"
+BAD_NAME = "names that are not UTF-8, or that hold a newline; rename them"
+
+
+class Sample(NamedTuple):
+    """The files of one key: each is `<stem>.<extension>` below the source.
+
+    The stem is the very string that the key is, and all samples with the same extensions share
+    one tuple, so a sample costs some 60 bytes beside its key.
+    """
+
+    key: str
+    stem: str
+    extensions: tuple[str, ...]  # as they are spelled, in the order of their fields
+
+    def files(self) -> list[str]:
+        """Return the paths of the sample's files below the source."""
+        return [f"{self.stem}.{extension}" for extension in self.extensions]
+
+    def members(self) -> list[str]:
+        """Return the names of the sample's members in a shard, each of the file in its place."""
+        return [f"{self.key}.{extension.lower()}" for extension in self.extensions]
+
+
+class Listing(NamedTuple):
+    """What a source holds."""
+
+    samples: list[Sample]  # in the order in which they are dealt to the shards
+    skipped: int  # incomplete samples that `skip_incomplete` dropped
+    ignored: int  # names that are no part of a sample
 
 
 def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
@@ -30,51 +67,34 @@ def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
     return (match[1], match[2]) if match else (None, None)
 
 
-class Listing(NamedTuple):
-    """What a source holds.
+def deal(samples: Sequence[Sample], shard_id: int, total_shards: int) -> Sequence[Sample]:
+    """Return the samples of a shard: sample i belongs to shard i % total_shards."""
+    return samples[shard_id::total_shards]
 
-    A sample is written as its key. Only where an extension is not spelled in lower case
-    do the spellings of all its fields follow, each after a NUL: "cats/7\\0JPG\\0txt".
-    NUL sorts before every character of a name, so samples sort by key.
+
+def parse_fields(fields: str | Iterable[str]) -> tuple[str, ...]:
+    """Return fields in lower case, in the order in which a shard holds them.
+
+    Args:
+        fields: "jpg,txt", or the fields one by one.
+
+    Raises:
+        InputError: there are none, one is there twice, or one cannot be a field.
     """
-
-    samples: list[str]
-    skipped: int  # incomplete samples that --skip-incomplete dropped
-    ignored: int  # names that are no part of a sample
-
-
-def sample_key(sample: str) -> str:
-    """Return the key of a sample of a Listing."""
-    return sample.partition("\0")[0]
-
-
-def sample_files(sample: str, fields: Sequence[str]) -> list[str]:
-    """Return the paths below source of a sample's files, in the order of `fields`."""
-    key, *spelled = sample.split("\0")
-    return [f"{key}.{extension}" for extension in spelled or fields]
-
-
-INCOMPLETE = "samples that lack a field; add it, give other --fields, or --skip-incomplete"
-DUPLICATE = "files whose key and field another has, in upper or lower case; rename them"
-DOTTED = "names with a dot before the field, which readers take for another key; rename them"
-RESERVED = "names that begin with __, which readers drop; rename them"
-BAD_NAME = "names that are not UTF-8, or that readers cannot split; rename them"
-
-
-def parse_fields(text: str) -> tuple[str, ...]:
-    """Return the fields of 'jpg,txt' in the order in which a shard holds them."""
-    fields = text.lower().split(",")
-    for field in fields:
+    named = fields if isinstance(fields, str) else ",".join(fields)
+    split = named.lower().split(",")
+    where = f"{argument('fields')} {named!r}"
+    for field in split:
         if not re.fullmatch(r"[^_./\s][^/\s]*", field) or NOT_UTF8.search(field):
-            raise InputError(f"--fields {text!r}: {field!r} cannot be a field; write e.g. jpg,txt")
-    if len(set(fields)) < len(fields):
-        raise InputError(f"--fields {text!r} names a field twice; name each once")
-    return tuple(sorted(fields))
+            raise InputError(f"{where}: {field!r} cannot be a field; write e.g. jpg,txt")
+    if len(set(split)) < len(split):
+        raise InputError(f"{where} names a field twice; name each once")
+    return tuple(sorted(split))
 
 
 def list_samples(
     source: str | os.PathLike[str],
-    fields: Sequence[str] = ("jpg", "txt"),
+    fields: str | Iterable[str] = ("jpg", "txt"),
     skip_incomplete: bool = False,
     shuffle: int | None = None,
 ) -> Listing:
@@ -82,7 +102,7 @@ def list_samples(
 
     Args:
         source: the folder, listed recursively, without hidden names and linked folders.
-        fields: the required fields, sorted, as `parse_fields` returns them.
+        fields: the required fields.
         skip_incomplete: drop and count samples that lack a field instead of refusing them.
         shuffle: order samples by a hash of this seed and the key, instead of by key.
 
@@ -91,105 +111,144 @@ def list_samples(
     """
     if sys.getfilesystemencoding() != "utf-8":
         raise InputError("file names must be read as UTF-8 to give the same keys; set PYTHONUTF8=1")
-    scan = Scan(source, fields)
+    scan = _Scan(source, parse_fields(fields))
     try:
         while scan.folders:
             scan.list_folder(scan.folders.pop())
     except OSError as error:
-        raise InputError(f"--source cannot be listed: {explain(error)}") from None
-    samples, faults = scan.samples, scan.faults
-    skipped = len(faults.pop(INCOMPLETE, ())) if skip_incomplete else 0
-    for problem, names in faults.items():
-        what, _, cure = problem.partition("; ")
-        first = ", ".join(repr(name[-100:]) for name in sorted(names)[:5])
-        raise InputError(
-            f"--source {os.fspath(source)!r} has {what}: {len(names)} ({first}); {cure}"
-        )
-    if not samples:
-        cure = "put pairs such as " + " + ".join(f"sample-0.{field}" for field in fields)
-        cure += " there, or give other --fields"
-        if not skipped and not scan.ignored:
-            cure += ", or make some with ./make_dummy_data.sh"
-        raise InputError(f"--source {os.fspath(source)!r} has no complete sample: {cure}")
-    samples.sort(key=None if shuffle is None else functools.partial(shuffle_rank, shuffle))
-    return Listing(samples, skipped, scan.ignored)
+        raise InputError(f"{argument('source')} cannot be listed: {explain(error)}") from None
+    skipped = len(scan.faults.pop(INCOMPLETE, ())) if skip_incomplete else 0
+    scan.refuse_faults(skipped)
+    order = attrgetter("key") if shuffle is None else functools.partial(_shuffle_rank, shuffle)
+    scan.samples.sort(key=order)
+    return Listing(scan.samples, skipped, scan.ignored)
 
 
-class Scan:
+@functools.lru_cache(maxsize=1_024)
+def judge(extensions: tuple[str, ...], fields: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Return what is wrong with the files of one stem, and the extensions that show it.
+
+    Args:
+        extensions: of its files, those that are fields in some spelling, sorted in lower case.
+        fields: the required fields.
+
+    Returns:
+        ("", ()) for a complete sample.
+    """
+    found = [extension.lower() for extension in extensions]
+    again = [place for place in range(1, len(found)) if found[place] == found[place - 1]]
+    if again:
+        return DUPLICATE, tuple(extensions[place] for place in again)
+    lacking = tuple(field for field in fields if field not in found)
+    return (INCOMPLETE, lacking[:1]) if lacking else ("", ())
+
+
+class _Scan:
     """What has been found so far in a source, and what is still to be listed."""
 
-    def __init__(self, source: str | os.PathLike[str], fields: Sequence[str]) -> None:
+    def __init__(self, source: str | os.PathLike[str], fields: tuple[str, ...]) -> None:
         self.source = source
-        self.bits = {field: 1 << number for number, field in enumerate(fields)}
-        self.endings = tuple("." + field for field in fields)
+        self.fields = fields
         self.folders = [""]  # to be listed, as "" or "cats/" below source
-        self.samples: list[str] = []
+        self.samples: list[Sample] = []
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.ignored = 0
+        # (extensions of a stem, one more) -> all of them, or None where the one is no field
+        self.grown: dict[tuple[tuple[str, ...], str], tuple[str, ...] | None] = {}
+        self.tuples: dict[tuple[str, ...], tuple[str, ...]] = {}  # one for all equal ones
 
     def list_folder(self, prefix: str) -> None:
         """List the folder at `prefix`; note the folders within it for later."""
-        bits = self.bits  # looked up once: this loop sees each file of a dataset
-        held: dict[str, int] = {}  # name up to the first dot -> the fields that are there, as bits
-        spelled: dict[str, dict[str, str]] = defaultdict(dict)
+        held: dict[str, tuple[str, ...]] = {}  # stem -> the extensions that are fields
+        grown = self.grown  # looked up once: this loop sees each file of a dataset
         folder = os.path.join(self.source, prefix[:-1]) if prefix else self.source
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
                 if name[0] == ".":
                     continue
-                regular = entry.is_file(follow_symlinks=False)
-                if not regular:
+                if not entry.is_file(follow_symlinks=False):
                     if entry.is_dir(follow_symlinks=False):
                         self.folders.append(f"{prefix}{name}/")
                         continue
-                    regular = os.path.isfile(entry.path)  # a link to one?
+                    if not os.path.isfile(entry.path):  # nor a link to one
+                        self.note_irregular(prefix, held, name)
+                        continue
                 stem, _, extension = name.partition(".")
-                bit = bits.get(extension) or bits.get(extension.lower())
-                if bit is None:
-                    self.ignored += 1
-                    if name.lower().endswith(self.endings):
-                        self.faults[DOTTED].append(prefix + name)
-                    continue
-                if regular and extension not in bits:
-                    spelled[stem][extension.lower()] = extension
-                before = held.get(stem, 0)
-                if before & bit:
-                    self.faults[DUPLICATE].append(prefix + name)
-                held[stem] = before | bit if regular else before
-        self.add_samples(prefix, held, spelled)
+                before = held.get(stem, ())
+                try:
+                    after = grown[before, extension]
+                except KeyError:
+                    after = self.grow(before, extension)
+                if after is None:
+                    self.note_ignored(prefix, name)
+                else:
+                    held[stem] = after
+        self.add_samples(prefix, held)
 
-    def add_samples(
-        self, prefix: str, held: Mapping[str, int], spelled: Mapping[str, Mapping[str, str]]
-    ) -> None:
+    def grow(self, before: tuple[str, ...], extension: str) -> tuple[str, ...] | None:
+        """Return the extensions of a stem together with one more, if that is a field."""
+        after = None
+        if extension.lower() in self.fields:
+            after = tuple(sorted((*before, extension), key=str.lower))
+            after = self.tuples.setdefault(after, after)
+        if len(self.grown) > MAX_GROWN:  # as with millions of `name.<number>`
+            self.grown.clear()
+        self.grown[before, extension] = after
+        return after
+
+    def note_irregular(self, prefix: str, held: dict[str, tuple[str, ...]], name: str) -> None:
+        """Note a name that is no file: a field of that name is lacking."""
+        stem, _, extension = name.partition(".")
+        if extension.lower() in self.fields:
+            held.setdefault(stem, ())
+        else:
+            self.note_ignored(prefix, name)
+
+    def note_ignored(self, prefix: str, name: str) -> None:
+        """Note a file that is no part of a sample."""
+        self.ignored += 1
+        if name.lower().endswith(tuple(f".{field}" for field in self.fields)):
+            self.faults[DOTTED].append(prefix + name)
+
+    def add_samples(self, prefix: str, held: dict[str, tuple[str, ...]]) -> None:
         """Note the complete samples of a folder, and what is wrong with the others."""
-        complete = (1 << len(self.bits)) - 1
-        for stem, bits in held.items():
+        for stem, extensions in held.items():
             key = prefix + stem
-            if fault := key_fault(prefix, stem):
-                self.faults[fault].append(key)
-            elif bits != complete:
-                lacking = next(field for field, bit in self.bits.items() if not bits & bit)
-                self.faults[INCOMPLETE].append(f"{key}.{lacking}")
-            elif stem in spelled:
-                self.samples.append("\0".join([key, *(spelled[stem].get(f, f) for f in self.bits)]))
+            fault, which = judge(extensions, self.fields)
+            if name_fault := _name_fault(key, stem):
+                self.faults[name_fault].append(key)
+            elif fault:
+                self.faults[fault] += [f"{key}.{extension}" for extension in which]
             else:
-                self.samples.append(key)
+                self.samples.append(Sample(key, key, extensions))
+
+    def refuse_faults(self, skipped: int) -> None:
+        """Raise an InputError if the source has faults, or no complete sample."""
+        where = f"{argument('source')} {os.fspath(self.source)!r}"
+        for problem, names in self.faults.items():
+            what, _, cure = problem.partition("; ")
+            first = ", ".join(repr(name[-100:]) for name in sorted(names)[:5])
+            arguments = {name: argument(name) for name in ("fields", "skip_incomplete")}
+            cure = cure.format(**arguments)
+            raise InputError(f"{where} has {what}: {len(names)} ({first}); {cure}")
+        if not self.samples:
+            cure = "put pairs such as " + " + ".join(f"sample-0.{field}" for field in self.fields)
+            cure += f" there, or give other {argument('fields')}"
+            if not skipped and not self.ignored:
+                cure += ", or make some with ./make_dummy_data.sh"
+            raise InputError(f"{where} has no complete sample: {cure}")
 
 
-def key_fault(prefix: str, stem: str) -> str:
-    """Return what keeps a folder's path and a stem from being a key, or nothing."""
-    if stem.startswith("__") or (prefix[:2] == "__" and re.match("__[^/]*__/", prefix)):
+def _name_fault(key: str, stem: str) -> str:
+    """Return what keeps a key from being read back, or nothing."""
+    if stem[:2] == "__" or RESERVED_FOLDER.match(key):
         return RESERVED
-    key = prefix + stem
-    if key[:3] == "BZh" and re.match(r"BZh.1AY&SY", key, re.DOTALL):
-        return BAD_NAME  # in front of a shard, readers take it for bzip2
-    if key.isascii() and "\n" not in key:
-        return ""
-    split_back = not NOT_UTF8.search(key) and split_name(f"{key}.a") == (key, "a")
-    return "" if split_back else BAD_NAME
+    if "\n" in key or (not key.isascii() and NOT_UTF8.search(key)):
+        return BAD_NAME
+    return ""
 
 
-def shuffle_rank(seed: int, sample: str) -> bytes:
-    """Return the place of a sample in the order of --shuffle, the same on every machine."""
-    return hashlib.blake2b(f"{seed}/{sample_key(sample)}".encode()).digest()
+def _shuffle_rank(seed: int, sample: Sample) -> bytes:
+    """Return the place of a sample in the order of `shuffle`, the same on every machine."""
+    return hashlib.blake2b(f"{seed}/{sample.key}".encode()).digest()

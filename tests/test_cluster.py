@@ -17,9 +17,10 @@ import ray
 from conftest import ROOT, hashes, run_script, write_pairs
 from ray.cluster_utils import Cluster
 
-import create_webdataset as core
 import create_with_ray
 from sharding.errors import PackError
+from sharding.samples import list_samples
+from sharding.shards import Shard
 
 pack_on_node = create_with_ray.pack_on_node
 SHARDS = 64
@@ -72,15 +73,15 @@ def test_all_nodes_work(source, expected, cluster, tmp_path, monkeypatch, capfd)
     nodes = tmp_path / "nodes"
     nodes.mkdir()
 
-    def noting(run: core.Run, shard_id: int, samples: list[str]) -> core.Shard:
+    def noting(folder: str, shard_id: int) -> Shard:
         once(nodes / ray.get_runtime_context().get_node_id())
         deadline = time.monotonic() + 20
         while len(os.listdir(nodes)) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)  # two nodes could do it all before the third has started a worker
-        assert not run.samples and len(samples) <= 79, "a task gets its own names alone"
         shipped = [path for path in sys.path if "py_modules_files" in path]
-        assert any(os.path.exists(f"{path}/create_webdataset.py") for path in shipped)
-        return pack_on_node(run, shard_id, samples)
+        for name in ("create_with_ray.py", "sharding/run.py"):
+            assert any(os.path.exists(f"{path}/{name}") for path in shipped), name
+        return pack_on_node(folder, shard_id)
 
     monkeypatch.setattr(create_with_ray, "pack_on_node", noting)
     assert pack(source, tmp_path / "o", cluster) == 0, capfd.readouterr().err
@@ -93,19 +94,19 @@ def test_all_nodes_work(source, expected, cluster, tmp_path, monkeypatch, capfd)
 def test_hiccups_are_retried_and_nothing_else(cluster, tmp_path, monkeypatch, capfd) -> None:
     """A real EIO that is gone at the second attempt; a file that became a FIFO stays one."""
     source = write_pairs(tmp_path / "source", 128)
-    listing = core.list_samples(source).samples
-    sick, broken = (source / f"{listing[shard_id]}.jpg" for shard_id in (3, 7))
+    listing = list_samples(source).samples
+    sick, broken = (source / f"{listing[shard_id].key}.jpg" for shard_id in (3, 7))
     healthy = sick.rename(tmp_path / "healthy")
     sick.symlink_to("/proc/self/mem")  # listed as a file, but its read gives EIO
 
-    def noting(run: core.Run, shard_id: int, samples: list[str]) -> core.Shard:
+    def noting(folder: str, shard_id: int) -> Shard:
         with (tmp_path / f"tries-{shard_id}").open("a") as stream:
             stream.write("x")
         if shard_id == 7:
             broken.unlink(missing_ok=True)
             os.mkfifo(broken)
         try:
-            return pack_on_node(run, shard_id, samples)
+            return pack_on_node(folder, shard_id)
         except create_with_ray.Hiccup:
             os.replace(healthy, sick)
             raise
@@ -121,17 +122,17 @@ def test_hiccups_are_retried_and_nothing_else(cluster, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
 def test_which_errors_are_hiccups(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> core.Shard:
+    def fail(*_: object) -> Shard:
         raise OSError(number, os.strerror(number), "name")
 
-    monkeypatch.setattr(core, "pack_shard", fail)
+    monkeypatch.setattr(create_with_ray, "load", fail)
     expected = PackError if number == errno.EACCES else create_with_ray.Hiccup
     with pytest.raises(expected, match=f"'name': {os.strerror(number)}.*on node"):
-        create_with_ray.pack_on_node(None, 0, [])
+        create_with_ray.pack_on_node("", 0)
 
 
 def test_paths_that_nodes_do_not_share(source, cluster, tmp_path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(create_with_ray, "probe_node", lambda *_: False)
+    monkeypatch.setattr(create_with_ray, "sees_files", lambda _: False)
     assert pack(source, tmp_path / "o", cluster) == 1
     err = capfd.readouterr().err
     assert "must be on storage that all nodes share" in err and err.count("\n") == 1
@@ -141,23 +142,23 @@ def test_paths_that_nodes_do_not_share(source, cluster, tmp_path, monkeypatch, c
 def test_losing_workers_and_a_node(source, expected, cluster, tmp_path, monkeypatch, capfd) -> None:
     """The last test on this cluster: it loses a node and three worker processes midway."""
 
-    def dying(run: core.Run, shard_id: int, samples: list[str]) -> core.Shard:
+    def dying(folder: str, shard_id: int) -> Shard:
         if shard_id in (5, 20, 40) and once(tmp_path / str(shard_id)):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.05)
-        return pack_on_node(run, shard_id, samples)
+        return pack_on_node(folder, shard_id)
 
     finished: list[str] = []
-    plain_report = core.report
+    plain_report = Shard.report
 
-    def report(shard: core.Shard) -> str:
+    def report(shard: Shard) -> str:
         finished.append(plain_report(shard))
         if len(finished) == 10:
             cluster.remove_node(cluster.list_all_nodes()[-1])
         return finished[-1]
 
     monkeypatch.setattr(create_with_ray, "pack_on_node", dying)
-    monkeypatch.setattr(core, "report", report)
+    monkeypatch.setattr(Shard, "report", report)
     assert pack(source, tmp_path / "o", cluster, "--num-workers=6") == 0, capfd.readouterr().err
     assert len(finished) == SHARDS and len(cluster.list_all_nodes()) == 2
     assert hashes(tmp_path / "o") == expected

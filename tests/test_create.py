@@ -7,19 +7,17 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import webdataset as wds
 from conftest import hashes, members, run_script, write_pairs
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from webdataset.tariterators import base_plus_ext
 
 import create_webdataset as core
+from sharding import __main__ as steps
 from sharding.errors import InputError
-from sharding.samples import Listing, sample_files, sample_key, split_name
+from sharding.samples import Listing, Sample, list_samples
+from sharding.shards import shard_name
 
 
 def pack(source: Path, output: Path, *flags: str, total: int = 1) -> int:
@@ -98,7 +96,8 @@ REFUSED = [
     (files("a.JPG", "a.jpg", "a.txt"), [], "key and field another has.*: 1 .'a.(jpg|JPG)'."),
     (files("a.jpg", "a.txt", "b\udcff.jpg", "b\udcff.txt"), [], "not UTF-8"),
     (files("d\udcff/a.jpg", "d\udcff/a.txt"), [], "not UTF-8"),
-    (files("d.e\nf/a.jpg", "d.e\nf/a.txt"), [], "readers cannot split"),
+    (files("d.e\nf/a.jpg", "d.e\nf/a.txt"), [], r"hold a newline: 1 .'d.e\\nf/a'."),
+    (files("a\nb.jpg", "a\nb.txt"), [], "hold a newline"),
     (PAIR, ["--fields", ""], "cannot be a field"),
     (PAIR, ["--fields", "jpg,"], "cannot be a field"),
     (PAIR, ["--fields", "jpg,jpg"], "twice"),
@@ -136,8 +135,8 @@ def test_refused(step: str, make, flags: list[str], message: str, tmp_path: Path
     make(source)
     if step == "start":
         flags = [flag.replace("--total-shards", "--num-shards") for flag in flags]
-        start = ["--start", "false", "run_parallel.sh", f"--source={source}", f"--output={output}"]
-        assert core.main([*start, "--num-shards=1", *flags]) == 2
+        start = ["start", f"--source={source}", f"--output={output}"]
+        assert steps.main([*start, "--num-shards=1", *flags]) == 2
     else:
         assert pack(source, output, *flags) == 2
     out, err = capfd.readouterr()
@@ -164,10 +163,17 @@ def test_unreadable_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.parametrize("rest", [[], ["bash"]])
-def test_a_start_by_hand(rest: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    assert core.main(["--start", *rest]) == 2
-    assert "run_parallel.sh" in capfd.readouterr().err
+@pytest.mark.parametrize("flag", ["--source=s", "--output=o", "--total-shards=1"])
+def test_a_run_has_a_plan(flag: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert core.main(["--run", str(tmp_path), "--shard-id=0", flag]) == 2
+    assert "--run names a run that has a plan: leave out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("step", [[], ["stop"], ["publish"]])
+def test_steps_of_a_run(step: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert steps.main(step) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("sharding: error: ") and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("missing", ["--source", "--output", "--total-shards", "--shard-id"])
@@ -179,7 +185,7 @@ def test_required_flags(missing: str, tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 ODD_NAMES = [
-    "with space", "quote'\"", "new\nline", "#", "?", ";", "{a,b}", "{0,1}{2}", "a::b", "~", "$HOME",
+    "with space", "quote'\"", "#", "?", ";", "{a,b}", "{0,1}{2}", "a::b", "~", "$HOME",
     "-rf", "naïve", "日本語", "👍🏽",
     "x" * 180, "é" * 100, "a:b", "run:1", "%41", "\\", "*", "\x01\x7f",
     "..a/..b/c", "a.b/c.d/e", "folder.jpg/x", "UPPER", "a/b/c/d/e/f", "__almost", "e\u0301",
@@ -199,7 +205,7 @@ def test_odd_names_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     expected = {f"{key}.{field}": None for key in keys for field in ("jpg", "txt")}
     found: dict[str, bytes] = {}
     for shard_id in range(3):
-        shard = tmp_path / "output" / core.shard_name(shard_id)
+        shard = tmp_path / "output" / shard_name(shard_id)
         content = members(shard)
         assert list(content) == [
             f"{key}.{field}" for key in keys[shard_id::3] for field in ("jpg", "txt")
@@ -286,8 +292,8 @@ def test_fields_and_incomplete(tmp_path: Path) -> None:
         "c.json",
         "c.seg.png",
     ]
-    assert core.list_samples(source, ("json", "seg.png"), True) == Listing(
-        ["a\0json\0seg.PNG", "c"], skipped=1, ignored=1
+    assert list_samples(source, ("json", "seg.png"), True) == Listing(
+        [Sample("a", "a", ("json", "seg.PNG")), Sample("c", "c", ("json", "seg.png"))], 1, 1
     )
 
 
@@ -301,21 +307,6 @@ def test_links_to_files_are_files(tmp_path: Path) -> None:
     content = members(tmp_path / "o" / "shard-000000.tar")
     assert list(content) == ["a.jpg", "a.txt", "d/b.jpg", "d/b.txt"]
     assert content["a.jpg"] == b"picture"
-
-
-def test_shuffle_is_a_permutation_that_the_seed_decides(source_1003: Path) -> None:
-    plain = core.list_samples(source_1003).samples
-    first, again, other = (
-        core.list_samples(source_1003, shuffle=seed).samples for seed in (1, 1, 2)
-    )
-    assert first == again != other
-    assert plain != first
-    assert plain == sorted(first) == sorted(other)
-    assert core.list_samples(source_1003, shuffle=7).samples[:3] == [
-        "sample-137",
-        "sample-993",
-        "sample-268",
-    ], "the order must never change: people rely on it"
 
 
 def test_two_runs_same_bytes(source_1003: Path, tmp_path: Path) -> None:
@@ -343,57 +334,9 @@ def test_mode_follows_umask(tmp_path: Path) -> None:
     assert (tmp_path / "output" / "shard-000000.tar").stat().st_mode & 0o777 == 0o640
 
 
-NAME = st.text(
-    st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12
-).filter(lambda name: name not in (".", ".."))
-
-
-@given(st.lists(NAME, min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
-def test_what_is_accepted_is_split_back(tmp_path_factory, parts: list[str]) -> None:
-    """Any path is refused, or ignored, or readers split its member into the same key and field."""
-    source = tmp_path_factory.mktemp("s")
-    path = source.joinpath(*parts[:-1], parts[-1] + ".x.JPG"[len(parts[0]) % 2 * 2 :])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"")
-    try:
-        (sample,) = core.list_samples(source, ("jpg",)).samples
-    except InputError:
-        return
-    (name,) = sample_files(sample, ("jpg",))
-    assert source / name == path
-    assert base_plus_ext(f"{sample_key(sample)}.jpg") == (sample_key(sample), "jpg")
-
-
 def test_as_a_script(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 3)
     flags = ["--source", source, "--output", tmp_path / "o", "--shard-id=1", "--total-shards=2"]
     done = run_script("create_webdataset.py", *flags)
     assert (done.returncode, done.stdout) == (0, "Shard 1 created with 1 samples.\n"), done.stderr
     assert run_script("create_webdataset.py", "--help").returncode == 0
-
-
-@pytest.mark.parametrize("name", ["create_with_ray", "read_webdataset"])
-def test_without_webdataset_says_how_to_install(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-S", "-E", str(Path(core.__file__).with_stem(name)), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("script", ["create_webdataset.py", "run_parallel.sh"])
-def test_packing_needs_the_standard_library_alone(script: str, tmp_path: Path) -> None:
-    for name in ("numpy", "torch", "webdataset"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__name__} was imported')")
-    source, last = write_pairs(tmp_path / "source", 4), ["--num-shards=1"]
-    if script == "create_webdataset.py":
-        last = ["--shard-id=0", "--total-shards=1"]
-    flags = ["--source", source, "--output", tmp_path / "o", *last]
-    done = run_script(script, *flags, env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-
-
-@given(st.one_of(st.text(), st.text("a./\n_", max_size=9)))
-@settings(max_examples=1_000)
-def test_names_are_split_as_webdataset_splits_them(name: str) -> None:
-    assert split_name(name) == base_plus_ext(name)

@@ -20,6 +20,8 @@ from PIL import Image
 
 import create_webdataset as core
 import read_webdataset as reader
+from sharding import files, verify
+from sharding.shards import shard_name
 
 SOAK = bool(os.environ.get("SOAK"))
 SHARDS = 5
@@ -39,7 +41,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source, folder / "output"
 
 
-def verify(path: Path, capfd: pytest.CaptureFixture[str], *flags: str | Path) -> tuple[int, str]:
+def check(path: Path, capfd: pytest.CaptureFixture[str], *flags: str | Path) -> tuple[int, str]:
     """Return exit code and faults of a check; summary and progress keep to their streams."""
     code = reader.main(["--path", str(path), "--quiet", *map(str, flags)])
     out, err = capfd.readouterr()
@@ -51,17 +53,17 @@ def verify(path: Path, capfd: pytest.CaptureFixture[str], *flags: str | Path) ->
 @pytest.mark.parametrize("workers", ["1", "3"])
 def test_good_dataset(workers: str, good: tuple[Path, Path], capfd) -> None:
     source, output = good
-    assert verify(output, capfd, "--num-workers", workers) == (0, "")
-    assert verify(output, capfd, "--num-workers", workers, "--source", source) == (0, "")
+    assert check(output, capfd, "--num-workers", workers) == (0, "")
+    assert check(output, capfd, "--num-workers", workers, "--source", source) == (0, "")
 
 
-def kill_self(_: reader.Task) -> None:
+def kill_self(_: verify.Task) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process(good: tuple[Path, Path], capfd, monkeypatch) -> None:
     """As when memory runs out."""
-    monkeypatch.setattr(reader, "check_shard", kill_self)
+    monkeypatch.setattr(verify, "check_shard", kill_self)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Ray driver that ran here has set its own
     assert reader.main(["--path", str(good[1]), "--quiet", "--num-workers=2"]) == 1
     out, err = capfd.readouterr()
@@ -70,14 +72,14 @@ def test_a_killed_process(good: tuple[Path, Path], capfd, monkeypatch) -> None:
 
 def test_an_interrupt_is_no_damage(good: tuple[Path, Path], capfd, monkeypatch) -> None:
     """Ctrl-C while shards are compared with the source ends the proof; it was once swallowed."""
-    calls, read_batch = iter([1, 2]), core.read_batch
+    calls, read_batch = iter([1, 2]), files.read_batch
 
-    def interrupted(*args: object) -> core.Batch:
+    def interrupted(*args: object) -> files.Batch:
         if not next(calls, None):
             raise KeyboardInterrupt
         return read_batch(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(core, "read_batch", interrupted)
+    monkeypatch.setattr(files, "read_batch", interrupted)
     assert reader.main(["--path", str(good[1]), "--source", str(good[0]), "--quiet"]) == 130
     assert capfd.readouterr().out == ""
 
@@ -88,7 +90,7 @@ def test_an_empty_shard_too_many(tmp_path: Path, capfd: pytest.CaptureFixture[st
     for shard_id in range(2):
         core.create_webdataset(source, output, shard_id, 2)
     (output / "shard-000002.tar").write_bytes(bytes(10_240))
-    code, err = verify(output, capfd, "--source", source)
+    code, err = check(output, capfd, "--source", source)
     assert code == 1 and "empty shard: shard-000002.tar" in err, err
 
 
@@ -99,8 +101,8 @@ def test_shuffled_and_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     base = ["--source", str(source), "--output", str(tmp_path / "o"), "--shard-id=0"]
     assert core.main([*base, "--total-shards=3", "--shard-step=1", *flags]) == 0
     capfd.readouterr()
-    assert verify(tmp_path / "o", capfd, "--source", source, *flags)[0] == 0
-    code, err = verify(tmp_path / "o", capfd, "--source", source, "--skip-incomplete")
+    assert check(tmp_path / "o", capfd, "--source", source, *flags)[0] == 0
+    code, err = check(tmp_path / "o", capfd, "--source", source, "--skip-incomplete")
     assert code == 1 and "another shard than" in err
     assert reader.main(["--path", str(tmp_path / "o"), "--source", str(source)]) == 2
 
@@ -111,14 +113,15 @@ def test_a_source_that_has_grown(tmp_path: Path, capfd: pytest.CaptureFixture[st
     for shard_id in range(4):
         core.create_webdataset(source, output, shard_id, 4)
     (output / "shard-000003.tar").unlink()
-    code, err = verify(output, capfd, "--source", source)
+    code, err = check(output, capfd, "--source", source)
     assert code == 1 and "missing shard: shard-000003.tar\n" in err, err
     os.truncate(output / "shard-000000.tar", 600)  # the next one tells, then
-    code, err = verify(output, capfd, "--source", source)
+    code, err = check(output, capfd, "--source", source)
     assert code == 1 and "missing shard: shard-000003.tar\n" in err, err
+    core.create_webdataset(source, output, 0, 4)
     (source / "sample-00.jpg").touch()
     (source / "sample-00.txt").touch()
-    code, err = verify(output, capfd, "--source", source)
+    code, err = check(output, capfd, "--source", source)
     assert code == 1 and "missing shard" not in err and "'sample-00'" in err, err
 
 
@@ -213,7 +216,7 @@ def stray(shards: list[Path], rng: random.Random) -> str:
 
 
 def extra_shard(shards: list[Path], _rng: random.Random) -> str:
-    shutil.copy(shards[0], shards[0].parent / core.shard_name(len(shards)))
+    shutil.copy(shards[0], shards[0].parent / shard_name(len(shards)))
     return "key"
 
 
@@ -238,7 +241,7 @@ def test_single_faults(inject, good, tmp_path: Path, capfd: pytest.CaptureFixtur
         rng = random.Random(f"{inject.__name__} {seed}")
         shutil.copytree(output, tmp_path / "o")
         named = inject(sorted((tmp_path / "o").iterdir()), rng)
-        code, err = verify(tmp_path / "o", capfd, "--source", source)
+        code, err = check(tmp_path / "o", capfd, "--source", source)
         assert code == 1 and named in err, (seed, named, err)
         shutil.rmtree(tmp_path / "o")
 
@@ -252,7 +255,7 @@ def test_faults_that_show_without_the_source(inject, good, tmp_path: Path, capfd
         rng = random.Random(f"{inject.__name__} {seed}")
         shutil.copytree(good[1], tmp_path / "o")
         named = inject(sorted((tmp_path / "o").iterdir()), rng)
-        code, err = verify(tmp_path / "o", capfd)
+        code, err = check(tmp_path / "o", capfd)
         assert code == 1 and (named in err or inject is remove_member), (named, err)
         shutil.rmtree(tmp_path / "o")
 
@@ -262,7 +265,7 @@ def test_another_tool_is_judged_by_its_samples(good, tmp_path: Path, capfd) -> N
     source, output = good
     formats = [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]
     for shard_id in range(SHARDS):
-        name = core.shard_name(shard_id)
+        name = shard_name(shard_id)
         with tarfile.open(tmp_path / name, "w", format=formats[shard_id % 2]) as tar:
             folder = tarfile.TarInfo("d.e")
             folder.type = tarfile.DIRTYPE
@@ -272,8 +275,8 @@ def test_another_tool_is_judged_by_its_samples(good, tmp_path: Path, capfd) -> N
                     info = tarfile.TarInfo(f"{key}.{field}")
                     info.size, info.mtime, info.mode = len(data), 1.5, 0o600
                     tar.addfile(info, io.BytesIO(data))
-    assert verify(tmp_path, capfd, "--source", source) == (0, "")
-    assert verify(tmp_path, capfd) == (0, "")
+    assert check(tmp_path, capfd, "--source", source) == (0, "")
+    assert check(tmp_path, capfd) == (0, "")
 
 
 def header(name: bytes = b"a.jpg", size: bytes = b"00000000000\0", kind: bytes = b"0") -> bytes:
@@ -373,7 +376,7 @@ def test_what_is_counted_is_what_webdataset_yields(tmp_path_factory, data: bytes
     """On any bytes: a named fault, or the very samples that wds.WebDataset yields."""
     shard = tmp_path_factory.getbasetemp() / "shard-000000.tar"
     shard.write_bytes(data)
-    report = reader.check_shard(reader.Task(str(shard)))
+    report = verify.check_shard(verify.Task(str(shard)))
     if report.faults:
         return
     theirs = list(wds.WebDataset([str(shard)], shardshuffle=False))
@@ -392,14 +395,14 @@ def test_decode_and_preview(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         (tmp_path / "source" / f"{key}.txt").write_bytes(b"\x1b[31m some words " * 9)
     for shard_id in range(2):
         core.create_webdataset(tmp_path / "source", tmp_path / "o", shard_id, 2)
-    assert verify(tmp_path / "o", capfd) == (0, "")
-    code, err = verify(tmp_path / "o", capfd, "--decode", "--source", tmp_path / "source")
+    assert check(tmp_path / "o", capfd) == (0, "")
+    code, err = check(tmp_path / "o", capfd, "--decode", "--source", tmp_path / "source")
     assert code == 1
     lines = [line for line in err.splitlines() if "cannot be decoded" in line]
     assert [line.split("'")[1] for line in lines] == ["c.jpg", "b.jpg", "d.jpg"], err
     assert "DecompressionBomb" in lines[2]
     preview = tmp_path / "preview.png"
-    assert verify(tmp_path / "o", capfd, "--preview", preview)[0] == 0
+    assert check(tmp_path / "o", capfd, "--preview", preview)[0] == 0
     with Image.open(preview) as sheet:
         assert sheet.size == (4 * 160, 2 * 204)
         colours = {sheet.getpixel((column * 160 + 80, 30)) for column in range(4)}
@@ -432,14 +435,14 @@ def test_first_five_of_a_kind(good, tmp_path: Path, capfd) -> None:
     source, output = good
     shutil.copytree(output, tmp_path / "o")
     (tmp_path / "o" / "shard-000002.tar").unlink()
-    code, err = verify(tmp_path / "o", capfd, "--source", source)
+    code, err = check(tmp_path / "o", capfd, "--source", source)
     assert code == 1 and err.count("missing sample: '") == 5 and "missing sample: and 6 more" in err
 
 
 def test_folder_in_a_shards_place(good, tmp_path: Path, capfd) -> None:
     shutil.copytree(good[1], tmp_path / "o")
     (tmp_path / "o" / "shard-000005.tar").mkdir()
-    code, err = verify(tmp_path / "o", capfd)
+    code, err = check(tmp_path / "o", capfd)
     assert code == 1 and "not a file: shard-000005.tar" in err
 
 
@@ -449,33 +452,3 @@ def test_paths_are_never_run(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPa
         assert reader.main(["--path", path] if path != "-" else ["--path=-"]) == 2
         assert "No such file" in capfd.readouterr().err
     assert not os.listdir(tmp_path)
-
-
-def test_training_pipeline_without_torch(good, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, output = good
-    everything = sorted(key for path in output.iterdir() for key, _ in samples_of(path))
-    epochs = []
-    dataset = reader.open_webdataset(output, ("__key__", "jpg", "txt"), decode=None, shuffle=10)
-    for _ in range(2):
-        epochs.append([key for key, _, _ in dataset])
-        assert sorted(epochs[-1]) == everything
-    assert epochs[0] != epochs[1] != everything
-    again = reader.open_webdataset(output, ("__key__",), decode=None, shuffle=10)
-    assert [key for (key,) in again] == epochs[0], "the seed decides"
-    seen = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("NUM_WORKERS", "2")
-    for rank in "01":
-        for worker in "01":
-            monkeypatch.setenv("RANK", rank)
-            monkeypatch.setenv("WORKER", worker)
-            part = reader.open_webdataset(output, ("__key__",), decode=None)
-            seen += [key for (key,) in part]
-    assert sorted(seen) == everything, "ranks and workers share the samples out, each once"
-    monkeypatch.setenv("NUM_WORKERS", "3")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORKER", "0")
-    with pytest.warns(
-        UserWarning, match=r"5 shards for 6 readers \(ranks: 2, workers of each: 3\)"
-    ):
-        list(reader.open_webdataset(output, decode=None))

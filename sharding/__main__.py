@@ -1,0 +1,91 @@
+"""Start a run, whose shards other processes pack, and publish it: the ends of an array job.
+
+`run_parallel.sh` is made of the same two steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+import sys
+from collections.abc import Sequence
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
+if not __package__:  # run as `python sharding`
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from sharding.command import NUM_WORKERS, Parser, driver_parser, one_line_errors, run_options
+from sharding.errors import InputError
+from sharding.folder import lock_output
+from sharding.run import finish, load, start
+
+USAGE = "python sharding start [options] | python sharding publish --run DIR"
+EXAMPLES = """examples:
+  run=$(python sharding start --source raw --output out --num-shards 1000)
+  python create_webdataset.py --run "$run" --shard-id 0     # and so on, in any job
+  python sharding publish --run "$run"
+"""
+START = "Check a source, plan a run, and print the folder in which its shards will wait."
+BASH = "Pack a folder of samples into WebDataset shards, with background processes."
+
+
+def build_start_parser(for_bash: bool) -> argparse.ArgumentParser:
+    """Return the command line of `start`, which run_parallel.sh has, too."""
+    command, purpose = "python sharding start", START
+    if for_bash:
+        command, purpose = "./run_parallel.sh", BASH
+    parser = driver_parser(command, purpose)
+    parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def start_run(argv: Sequence[str]) -> int:
+    """Start a run and print its folder; for run_parallel.sh, also hold the lock of its output."""
+    args = build_start_parser(for_bash="--hold" in argv[:1]).parse_args(argv)
+    run, _lock = start(**run_options(args), driver=args.hold)
+    if args.hold is None:
+        print(run.folder)
+        return 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the lock goes last
+    workers = min(args.num_workers or NUM_WORKERS, run.plan.total_shards)
+    print(run.folder, workers, sep="\0", end="\0", flush=True)
+    # Bash cannot hold a lock, but it and its workers hold the other end of this pipe.
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLIN)
+    poll.poll()
+    return 0
+
+
+def publish_run(argv: Sequence[str]) -> int:
+    """Put the shards of a run in their final place, and print the summary."""
+    parser = Parser("python sharding publish --run DIR", "Publish a run.", "")
+    parser.add_argument("--run", metavar="DIR", required=True, help="what `start` printed")
+    run = load(parser.parse_args(argv).run)
+    if run.plan.driver is None:
+        lock_output(run.output)
+    else:  # this is the last step of run_parallel.sh, which holds the lock
+        sys.argv[0] = "run_parallel.sh"
+    print(finish(run))
+    return 0
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; see --help."""
+    step, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    rest = rest[:-1]
+    by_bash = step == "start" and rest[:1] == ["--hold"]
+    sys.argv[0] = "run_parallel.sh" if by_bash else "sharding"  # which signs the errors
+    if step == "start":
+        return start_run(rest)
+    if step == "publish":
+        return publish_run(rest)
+    Parser(USAGE, __doc__ or "", EXAMPLES).parse_args([step] if step else [])
+    raise InputError(f"start or publish? (see --help) usage: {USAGE}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,160 @@
+"""What the command lines share: flags, usage, exit codes, progress, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from sharding.errors import InputError, PackError, argument, explain
+from sharding.shards import MAX_SHARDS
+
+NUM_WORKERS = 4  # of a driver, by default
+_PROJECT = Path(__file__).resolve().parent.parent
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line and whose flags are never guessed."""
+
+    def __init__(self, usage: str, description: str, examples: str) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__("", usage, description, examples, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def number_from(least: int, most: int = sys.maxsize) -> Callable[[str], int]:
+    """Return the type of a flag that takes a whole number in this range."""
+    wanted = f"a number from {least}" + (f" to {most:,}" if most < sys.maxsize else "")
+
+    def number(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return int(text)
+
+    return number
+
+
+def require(args: argparse.Namespace, *names: str) -> None:
+    """Refuse a command line that lacks a flag, or gives it nothing."""
+    for name in names:
+        if getattr(args, name) in (None, ""):
+            raise InputError(f"{argument(name)} is required (see --help)")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the source") -> None:
+    """Add the flags that say what a source is, and mean the same in every script."""
+    add = parser.add_argument_group(title).add_argument
+    add("--source", metavar="DIR", help="folder of the raw files, listed recursively")
+    what = "a sample's files (default: %(default)s)"
+    add("--fields", metavar="A,B", default="jpg,txt", help=what)
+    add("--skip-incomplete", action="store_true", help="drop samples that lack a field")
+    add("--shuffle", metavar="SEED", type=int, help="shuffle before sharding")
+
+
+def driver_parser(command: str, purpose: str, example: str = "") -> argparse.ArgumentParser:
+    """Return the flags of what packs all shards."""
+    where = "By default from source_data to webdataset_output beside this script."
+    usual = f"  {command} --source raw --output out --num-workers 8 --num-shards 64"
+    examples = f"examples:\n{usual}\n{usual} --resume\n{example}"
+    parser = Parser(f"{command} [options]", f"{purpose}\n{where}", examples)
+    add_source_arguments(parser)
+    add = parser.add_argument_group("the output").add_argument
+    add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
+    add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
+    add = parser.add_argument_group("the work").add_argument
+    number = number_from(1, MAX_SHARDS)
+    workers = f"processes, or tasks at a time (default: {NUM_WORKERS})"
+    add("--num-workers", metavar="N", type=number, help=workers)
+    add("--num-shards", metavar="N", type=number, help="shards (default: as many as workers)")
+    parser.set_defaults(source=_PROJECT / "source_data", output=_PROJECT / "webdataset_output")
+    return parser
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `run.start` that the flags of `driver_parser` stand for."""
+    require(args, "source", "output")
+    total = args.num_shards or args.num_workers or NUM_WORKERS
+    names = ("source", "output", "fields", "skip_incomplete", "shuffle", "resume")
+    return {"total_shards": total, **{name: getattr(args, name) for name in names}}
+
+
+class ProgressBar:
+    """A bar on stderr, if that is a terminal, and lines that do not tear it apart."""
+
+    def __init__(self, total: int, unit: str = " samples", position: int = 0) -> None:
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm  # here: to import it takes as long as to pack a thousand samples
+
+            self.bar = tqdm(total=total, unit=unit, position=position)
+
+    def update(self, count: int = 1) -> None:
+        """Count what is done."""
+        if self.bar:
+            self.bar.update(count)
+
+    def say(self, line: str, stream: TextIO) -> None:
+        """Print a line, in one write: other processes print, too."""
+        with self.bar.external_write_mode() if self.bar else contextlib.nullcontext():
+            print(line + "\n", end="", file=stream, flush=True)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.close()
+
+
+@contextlib.contextmanager
+def plain_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once while large modules are imported; some swallow it."""
+    handler = signal.getsignal(signal.SIGINT)
+    ours = handler is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+
+
+def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """Turn what a user can cause into one line on stderr and the exit code that goes with it.
+
+    0: done. 1: the work failed. 2: bad input or usage. 130: Ctrl-C.
+    """
+
+    @functools.wraps(main)
+    def wrapper(argv: Sequence[str] | None = None) -> int:
+        for name in ("stdout", "stderr"):
+            # None: closed by the shell
+            stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+            setattr(sys, name, stream)
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from the imports of a script
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            return 130
+        except (InputError, PackError, OSError, ModuleNotFoundError) as error:
+            if isinstance(error, BrokenPipeError):  # so that the last flush does not fail, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
+            return 2 if isinstance(error, InputError) else 1
+
+    return wrapper

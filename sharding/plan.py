@@ -1,0 +1,122 @@
+"""The plan of a run as data: what every worker needs to know, and the samples of each shard.
+
+A file of text: a line of JSON, a line for the place of each shard's samples, and then a line for
+each sample, grouped by shard. So a worker reads its own samples and nothing more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from sharding.errors import PackError, naming
+from sharding.samples import Sample, deal
+
+PLAN = "plan"  # the name of the file, in the folder of a run
+_PLACE = "%015d\n"  # where in the file the samples of a shard begin
+_NO_DIGEST = "0" * 32
+
+
+class Plan(NamedTuple):
+    """The first line of a plan."""
+
+    source: str
+    fields: tuple[str, ...]
+    total_shards: int
+    total_samples: int
+    skipped: int  # this and the next: see Listing
+    ignored: int
+    started: float  # seconds since the epoch
+    host: str
+    driver: int | None  # the process without which no worker goes on; None for an array job
+    usual: tuple[str, ...] = ()  # extensions of the samples whose line is their key alone
+    digest: str = _NO_DIGEST  # of the samples, as they are dealt
+
+
+def write_plan(folder: str, plan: Plan, samples: Sequence[Sample]) -> Plan:
+    """Write the plan of a run, and return it with its digest.
+
+    A whole plan is there at any time, the old one or the new one.
+    """
+    path, total = os.path.join(folder, PLAN), plan.total_shards
+    plan = plan._replace(usual=samples[0].extensions)
+    seen = hashlib.blake2b(repr(plan.usual).encode(), digest_size=len(_NO_DIGEST) // 2)
+    with naming(path), open(f"{path}-new", "wb") as stream:
+        stream.write(_header(plan))
+        first, places = stream.tell(), []
+        stream.write((_PLACE * (total + 1) % ((0,) * (total + 1))).encode())
+        for shard_id in range(total):
+            places.append(stream.tell())
+            lines = "".join(_to_lines(deal(samples, shard_id, total), plan.usual)).encode()
+            seen.update(lines)
+            stream.write(lines)
+        places.append(stream.tell())
+        stream.seek(first)
+        stream.write((_PLACE * (total + 1) % tuple(places)).encode())
+        plan = plan._replace(digest=seen.hexdigest())
+        stream.seek(0)
+        stream.write(_header(plan))
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(f"{path}-new", path)
+    return plan
+
+
+def read_plan(folder: str) -> Plan:
+    """Return the plan of the run in a folder.
+
+    Raises:
+        PackError: there is none, or it is damaged.
+    """
+    with _opening(folder) as path, open(path, "rb") as stream:
+        plan = Plan(**json.loads(stream.readline()))
+        return plan._replace(fields=tuple(plan.fields), usual=tuple(plan.usual))
+
+
+def read_shard(folder: str, shard_id: int) -> list[Sample]:
+    """Return the samples of one shard of the run in a folder.
+
+    Raises:
+        PackError: there is no plan, or it is damaged.
+    """
+    with _opening(folder) as path, open(path, "rb") as stream:
+        usual = tuple(json.loads(stream.readline())["usual"])
+        size = len(_PLACE % 0)
+        stream.seek(shard_id * size, os.SEEK_CUR)
+        begin, end = int(stream.read(size)), int(stream.read(size))
+        stream.seek(begin)
+        lines = stream.read(end - begin).decode().split("\n")[:-1]
+    with _opening(folder):
+        return [_from_line(line, usual) for line in lines]
+
+
+@contextlib.contextmanager
+def _opening(folder: str) -> Iterator[str]:
+    path = os.path.join(folder, PLAN)
+    try:
+        yield path
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        raise PackError(f"{path!r} is damaged, or not there; remove its folder") from None
+
+
+def _header(plan: Plan) -> bytes:
+    return (json.dumps(plan._asdict()) + "\n").encode()
+
+
+def _to_lines(samples: Sequence[Sample], usual: tuple[str, ...]) -> Iterator[str]:
+    for key, stem, extensions in samples:
+        if extensions == usual and key == stem and key[0] != "[":
+            yield f"{key}\n"
+        else:
+            yield json.dumps([key, stem, extensions], ensure_ascii=False) + "\n"
+
+
+def _from_line(line: str, usual: tuple[str, ...]) -> Sample:
+    if line[0] != "[":
+        return Sample(line, line, usual)
+    key, stem, extensions = json.loads(line)
+    return Sample(key, stem, tuple(extensions))

@@ -1,0 +1,119 @@
+"""The writer: the bytes of wds.TarWriter, in bounded memory, and never a half that looks whole."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import pytest
+import webdataset as wds
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sharding import archive
+
+NAMES = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40),
+    st.text("ab/é", min_size=80, max_size=300),
+)
+FIELDS = st.dictionaries(
+    st.text("abcXYZ.é_0", min_size=1, max_size=12),
+    st.one_of(st.binary(max_size=1500), st.binary(max_size=20).map(bytearray)),
+    max_size=4,
+)
+
+
+@given(st.lists(st.tuples(NAMES, FIELDS), max_size=8))
+@example([("x" * 96, {"jpg": b""}), ("x" * 97, {"jpg": b"1" * 512})])  # 100 bytes, and 101
+@example([("k", {"jpg": b"1" * n}) for n in (511, 512, 513, 8192)])
+@settings(max_examples=400, deadline=None)
+def test_same_bytes_as_webdataset(samples: list[tuple[str, dict[str, bytes]]]) -> None:
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    with archive.FastTarWriter(ours) as fast, wds.TarWriter(theirs, encoder=False, mtime=0) as slow:
+        for key, fields in samples:
+            sample = {"__key__": key, **fields}
+            assert fast.write(sample) == slow.write(sample)
+    assert ours.getvalue() == theirs.getvalue()
+
+
+@pytest.mark.parametrize("size", [0, 1, 8 * 1024**3 - 1, 8 * 1024**3, 1 << 40])
+@pytest.mark.parametrize("name", ["a.jpg", "é.jpg", "x" * 200])
+def test_headers_of_any_size(name: str, size: int) -> None:
+    """A size beyond 8 GiB does not fit the header's eleven octal digits."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.uname, info.gname = size, 0o444, "bigdata", "bigdata"
+    assert archive.make_header(name, size) == info.tobuf()
+
+
+def test_a_content_in_memory_of_8_gib() -> None:
+    class Huge(bytes):
+        def __len__(self) -> int:
+            return 8 << 30
+
+    stream = io.BytesIO()
+    archive.FastTarWriter(stream).write({"__key__": "a", "jpg": Huge()})
+    assert stream.getvalue() == archive.make_header("a.jpg", 8 << 30)
+
+
+def test_text_is_for_the_caller_to_encode() -> None:
+    with pytest.raises(TypeError, match="field 'txt' is str"):
+        archive.FastTarWriter(io.BytesIO()).write({"__key__": "a", "txt": "words"})
+
+
+@pytest.mark.parametrize("sample", [{}, {"jpg": b""}, {"__key__": "a", "jpg": 1}])
+def test_bad_samples(sample: dict) -> None:
+    for writer in (archive.FastTarWriter(io.BytesIO()), wds.TarWriter(io.BytesIO(), encoder=False)):
+        with pytest.raises((ValueError, TypeError)):
+            writer.write(sample)
+
+
+@pytest.mark.parametrize("written", [0, 1, 100])
+def test_an_exception_leaves_no_finished_archive(written: int) -> None:
+    stream = io.BytesIO()
+    with pytest.raises(KeyboardInterrupt), archive.FastTarWriter(stream) as sink:
+        for number in range(written):
+            sink.write({"__key__": str(number), "jpg": bytes(10_000)})
+        raise KeyboardInterrupt
+    stream.seek(0)
+    with pytest.raises(tarfile.ReadError), tarfile.open(fileobj=stream, mode="r|") as tar:
+        for info in tar:
+            tar.extractfile(info).read()  # type: ignore[union-attr]
+
+
+def test_many_small_writes_are_few_large_ones() -> None:
+    class Counter(io.BytesIO):
+        writes = 0
+
+        def write(self, data) -> int:
+            self.writes += 1
+            return super().write(data)
+
+    stream = Counter()
+    with archive.FastTarWriter(stream) as sink:
+        for number in range(2_000):
+            sink.write({"__key__": str(number), "jpg": bytes(1000)})
+    assert stream.writes <= 2_000 * 2_024 / archive.WRITE_SIZE + 2
+
+
+def test_short_writes_lose_nothing() -> None:
+    """An unbuffered file may take less than it is given, also of the last zeros."""
+
+    class Short(io.BytesIO):
+        def write(self, data) -> int:
+            return super().write(bytes(data[: max(1, len(data) // 2)]))
+
+    ours, theirs = Short(), io.BytesIO()
+    with archive.FastTarWriter(ours) as fast, wds.TarWriter(theirs, encoder=False, mtime=0) as slow:
+        for writer in (fast, slow):
+            writer.write({"__key__": "a", "jpg": b"x" * 3_000})
+    assert ours.getvalue() == theirs.getvalue()
+
+
+def test_a_buffer_that_is_used_again() -> None:
+    """What is handed over is what is written, whatever its owner does with it later."""
+    ours, buffer = io.BytesIO(), bytearray(b"first")
+    with archive.FastTarWriter(ours) as sink:
+        sink.write({"__key__": "a", "jpg": buffer, "txt": memoryview(buffer)})
+        buffer[:] = b"other"
+    with tarfile.open(fileobj=io.BytesIO(ours.getvalue())) as tar:
+        assert [tar.extractfile(info).read() for info in tar] == [b"first"] * 2  # type: ignore[union-attr]

@@ -1,0 +1,54 @@
+"""The plan of a run: every sample comes back, shard by shard, and damage is named."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sharding.errors import PackError
+from sharding.plan import PLAN, Plan, read_plan, read_shard, write_plan
+from sharding.samples import Sample, deal
+
+KEYS = st.text('a/[,"\r\x85\u2028é ', min_size=1, max_size=6)
+EXTENSIONS = st.lists(st.text("JPGjpg\x01", min_size=1, max_size=3), min_size=1, max_size=2)
+SAMPLES = st.builds(
+    lambda key, stem, extensions: Sample(key, stem or key, tuple(extensions)),
+    KEYS,
+    st.one_of(st.none(), KEYS),
+    EXTENSIONS,
+)
+
+
+def plan_of(samples: list[Sample], total: int = 3) -> Plan:
+    return Plan("a\nb", ("jpg",), total, len(samples), 0, 0, 0.5, "host", 7)
+
+
+@given(st.lists(SAMPLES, min_size=1, max_size=20), st.integers(1, 4))
+def test_every_sample_comes_back(samples: list[Sample], total: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        plan = write_plan(folder, plan_of(samples, total), samples)
+        assert read_plan(folder) == plan
+        for shard_id in range(total):
+            assert read_shard(folder, shard_id) == deal(samples, shard_id, total)
+
+
+def test_the_digest_tells_samples_apart(tmp_path: Path) -> None:
+    one, two = Sample("a", "a", ("jpg",)), Sample("b", "b", ("jpg",))
+    lists = ([one, two], [two, one], [one], [one, two._replace(extensions=("JPG",))])
+    digests = {write_plan(str(tmp_path), plan_of(samples), samples).digest for samples in lists}
+    again = write_plan(str(tmp_path), plan_of([one, two]), [one, two]).digest
+    assert len(digests) == 4 and again in digests
+
+
+@pytest.mark.parametrize("content", ["", "{}", "5", "[1]", '{"source": 1}', None])
+def test_damage_is_named(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / PLAN).write_text(content)
+    with pytest.raises(PackError, match="is damaged, or not there; remove its folder"):
+        read_plan(str(tmp_path))
+    with pytest.raises(PackError, match="is damaged, or not there; remove its folder"):
+        read_shard(str(tmp_path), 0)

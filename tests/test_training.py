@@ -1,0 +1,43 @@
+"""The training pipeline, without torch: every sample once, in an order that the seed decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import write_pairs
+
+from create_webdataset import create_webdataset
+from read_webdataset import open_webdataset
+
+
+def test_training_pipeline_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = write_pairs(tmp_path / "source", 53), tmp_path / "output"
+    for shard_id in range(5):
+        create_webdataset(source, output, shard_id, 5)
+    everything = sorted(path.stem for path in source.glob("*.jpg"))
+    epochs = []
+    dataset = open_webdataset(output, ("__key__", "jpg", "txt"), decode=None, shuffle_buffer=10)
+    for _ in range(2):
+        epochs.append([key for key, _, _ in dataset])
+        assert sorted(epochs[-1]) == everything
+    assert epochs[0] != epochs[1] != everything
+    again = open_webdataset(output, ("__key__",), decode=None, shuffle_buffer=10)
+    assert [key for (key,) in again] == epochs[0], "the seed decides"
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("NUM_WORKERS", "2")
+    for rank in "01":
+        for worker in "01":
+            monkeypatch.setenv("RANK", rank)
+            monkeypatch.setenv("WORKER", worker)
+            part = open_webdataset(output, ("__key__",), decode=None)
+            seen += [key for (key,) in part]
+    assert sorted(seen) == everything, "ranks and workers share the samples out, each once"
+    monkeypatch.setenv("NUM_WORKERS", "3")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORKER", "0")
+    with pytest.warns(
+        UserWarning, match=r"5 shards for 6 readers \(ranks: 2, workers of each: 3\)"
+    ):
+        list(open_webdataset(output, decode=None))
