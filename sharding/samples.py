@@ -213,10 +213,12 @@ class _Scan:
 
     def add_samples(self, prefix: str, held: dict[str, tuple[str, ...]]) -> None:
         """Note the complete samples of a folder, and what is wrong with the others."""
+        plain_prefix = not _name_fault(prefix, "")
         for stem, extensions in held.items():
             key = prefix + stem
             fault, which = judge(extensions, self.fields)
-            if name_fault := _name_fault(key, stem):
+            plain = plain_prefix and stem.isprintable() and stem[:2] != "__"
+            if not plain and (name_fault := _name_fault(key, stem)):
                 self.faults[name_fault].append(key)
             elif fault:
                 self.faults[fault] += [f"{key}.{extension}" for extension in which]

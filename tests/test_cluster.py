@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import signal
@@ -137,6 +138,26 @@ def test_paths_that_nodes_do_not_share(source, cluster, tmp_path, monkeypatch, c
     err = capfd.readouterr().err
     assert "must be on storage that all nodes share" in err and err.count("\n") == 1
     assert not list((tmp_path / "o").glob("*.tar"))
+
+
+def test_modules_of_a_submitted_job(source, expected, cluster, tmp_path) -> None:
+    """`ray job submit` with a runtime environment of its own: ours travels beside it."""
+    module = tmp_path / "theirs"
+    module.mkdir()
+    (module / "__init__.py").touch()
+    with ray.init(cluster.address, runtime_env={"py_modules": [str(module)]}):
+        theirs = ray.get_runtime_context().runtime_env["py_modules"]
+        job = {"runtime_env": {"py_modules": theirs, "env_vars": {"A": "1"}}, "metadata": {}}
+        flags = ["--source", source, "--output", tmp_path / "o", "--address", cluster.address]
+        done = run_script(
+            "create_with_ray.py",
+            *flags,
+            f"--num-shards={SHARDS}",
+            env={"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)},
+            cwd=tmp_path,
+        )
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "o") == expected
 
 
 def test_losing_workers_and_a_node(source, expected, cluster, tmp_path, monkeypatch, capfd) -> None:

@@ -20,6 +20,7 @@ import pytest
 from conftest import ROOT, hashes, run_script, write_pairs
 
 import create_with_ray
+from sharding.folder import staged_shards
 from sharding.shards import shard_name
 
 SUMMARY = (
@@ -184,6 +185,43 @@ def test_help(script: str) -> None:
     assert done.returncode == 0
     for flag in ("source", "output", "num-workers", "num-shards", "resume", "fields", "shuffle"):
         assert f"--{flag}" in done.stdout
+
+
+def test_an_array_job(packed_by_bash: Path, source_1003: Path, tmp_path: Path) -> None:
+    """Start, one job for each shard, publish: the source is listed once, the set appears whole."""
+    output = tmp_path / "o"
+    begin = ["start", "--source", source_1003, "--output", output, "--num-shards=5"]
+    run = run_script("sharding", *begin).stdout.strip()
+    for shard_id in (3, 0, 4):
+        done = run_script("create_webdataset.py", "--run", run, f"--shard-id={shard_id}")
+        assert re.fullmatch(rf"Shard {shard_id} created with 20\d samples.\n", done.stdout), done
+    early = run_script("sharding", "publish", "--run", run)
+    assert (early.returncode, early.stdout) == (
+        1,
+        "",
+    ) and "not packed: 2 shards (1, 2)" in early.stderr
+    for again in (begin, [*begin, "--resume", "--shuffle=1"]):
+        done = run_script("sharding", *again)
+        assert done.returncode == 1 and "holds an array job that" in done.stderr, done
+        assert os.path.exists(run) and len(staged_shards(run)) == 3
+    taken = run_script("sharding", *begin, "--resume").stdout.strip()
+    late = run_script("create_webdataset.py", "--run", run, "--shard-id=1")
+    assert late.returncode == 1 and "not there" in late.stderr, "its run was taken over"
+    done = run_script("create_webdataset.py", "--run", taken, "--shard-id=0", "--shard-step=1")
+    assert re.findall(r"Shard (\d) (\w+)", done.stdout) == [
+        ("0", "kept"), ("1", "created"), ("2", "created"), ("3", "kept"), ("4", "kept"),
+    ]  # fmt: skip
+    assert not list(output.glob("*.tar"))
+    done = run_script("sharding", "publish", "--run", taken)
+    assert done.returncode == 0 and re.fullmatch(SUMMARY + "\n", done.stdout)
+    assert hashes(output) == hashes(packed_by_bash)
+
+
+def test_a_run_that_is_no_run(tmp_path: Path) -> None:
+    for command in (["sharding", "publish"], ["create_webdataset.py", "--shard-id=0"]):
+        done = run_script(*command, "--run", tmp_path)
+        assert done.returncode == 1 and "is damaged, or not there" in done.stderr, done
+        assert done.stderr.count("\n") == 1
 
 
 def make_unreadable(source: Path) -> None:
