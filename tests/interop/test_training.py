@@ -158,17 +158,16 @@ def test_training(packed: Path, decode: str) -> None:
         assert math.isfinite(loss.item())
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node=2"]])
-def test_the_loop_of_the_readme(launcher: list[str], tmp_path: Path) -> None:
-    """It runs as it stands, alone and under torchrun, on the sample data."""
+def test_the_loop_of_the_readme(tmp_path: Path) -> None:
+    """It runs as it stands, on the sample data."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (loop,) = re.findall(r"```python\n(import os\n\n.*?)```", readme, re.DOTALL)
+    (loop,) = re.findall(r"```python\n(import torch\n.*?)```", readme, re.DOTALL)
     (tmp_path / "train.py").write_text(loop, encoding="utf-8")
     made = run_script("make_dummy_data.sh", "64", tmp_path / "source")
     assert made.returncode == 0, made.stderr
     pack(tmp_path / "source", tmp_path / "webdataset_output", 4)
     done = subprocess.run(
-        [sys.executable, *launcher, "train.py"],
+        [sys.executable, "train.py"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -176,5 +175,4 @@ def test_the_loop_of_the_readme(launcher: list[str], tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2_000:]
-    ranks = 2 if launcher else 1
-    assert len(re.findall(rf"epoch \d, rank \d: {31 // ranks} batches", done.stdout)) == 3 * ranks
+    assert len(re.findall(r"epoch \d: loss [\d.]+", done.stdout)) == 3
