@@ -18,8 +18,8 @@ demo: .venv/ready ## ten samples (or what is in source_data) to shards and back
 test: .venv/ready-dev ## run the test suite
 	$(BIN)/python -m pytest --ignore=tests/interop
 
-soak: .venv/ready-dev ## the long counts: kills, faults, generated names
-	SOAK=1 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_verify.py
+soak: .venv/ready-dev ## the long counts: kills, Ctrl-C, faults, generated names
+	SOAK=1 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_interrupts.py tests/test_verify.py
 
 interop: .venv-interop/ready ## read our shards with other people's readers (Python 3.11 or newer)
 	INTEROP=1 .venv-interop/bin/python -m pytest -rs tests/interop

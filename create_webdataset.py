@@ -33,7 +33,7 @@ from sharding.folder import (
     staging_folders,
     sync_folder,
 )
-from sharding.samples import deal, list_samples, parse_fields
+from sharding.samples import deal, list_samples, parse_fields, warn_of_skipped
 from sharding.shards import (
     MAX_SHARDS,
     PARTIAL_PATTERN,
@@ -92,7 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
     add("--shard-id", metavar="I", type=int, help="the shard to pack, from 0")
     number = number_from(1, MAX_SHARDS)
-    add("--total-shards", metavar="N", type=number, help="number of shards")
+    add(
+        "--total-shards",
+        metavar="N",
+        type=number,
+        help="number of shards: --num-shards of the drivers",
+    )
     add("--shard-step", metavar="K", type=number, help="pack shards I, I+K, I+2K, ...")
     add = parser.add_argument_group("a run that `python sharding start` has planned").add_argument
     add("--run", metavar="DIR", help="its folder; takes the place of source, output and number")
@@ -115,6 +120,7 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     listing = list_samples(args.source, args.fields, args.skip_incomplete, args.shuffle)
     check_shard_numbers(total, len(listing.samples), args.shard_id)
     check_output(args.output, args.source, parse_fields(args.fields))
+    warn_of_skipped(listing)
     shard_ids = every(args, total)
     shards = {shard_id: deal(listing.samples, shard_id, total) for shard_id in shard_ids}
     os.makedirs(args.output, exist_ok=True)

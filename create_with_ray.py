@@ -10,9 +10,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NoReturn
+from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
@@ -34,6 +34,48 @@ MODULES = [__file__, *sharding.__path__]  # what the tasks need on other nodes
 RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
 HICCUPS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what network storage says for a while
 EXAMPLE = "  python create_with_ray.py --address 10.0.0.1:6379 --num-shards 1000\n"
+
+
+class Signals:
+    """The polite signals: noted when they come, obeyed between two calls of Ray.
+
+    A handler that raised inside `ray.init` or `ray.shutdown` would crash the process.
+    """
+
+    POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.came = 0  # the first one
+        self.before = {number: signal.getsignal(number) for number in self.POLITE}
+
+    def catch(self) -> None:
+        """Note them from now on; to be called again after Ray has set its own handlers."""
+        for number in self.POLITE:
+            signal.signal(number, self.note)
+
+    def note(self, number: int, _frame: object) -> None:
+        """Note a signal."""
+        self.came = self.came or number
+
+    def obey(self) -> None:
+        """End the run if one has come, with the exit code that a shell gives it."""
+        if self.came:
+            print("stopped; nothing was published; --resume continues", file=sys.stderr)
+            raise SystemExit(128 + self.came)
+
+    def wait(self, tasks: Iterable[Any]) -> list[Any]:
+        """Return those of the tasks that are done, as soon as there are any."""
+        import ray
+
+        while True:
+            self.obey()
+            if done := ray.wait(list(tasks), timeout=0.2)[0]:
+                return list(done)
+
+    def release(self) -> None:
+        """Give them back to who had them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Hiccup(Exception):
@@ -103,25 +145,30 @@ def sees_files(folder: str) -> bool:
         return False
 
 
-def check_nodes(run: Run) -> None:
+def check_nodes(run: Run, signals: Signals) -> None:
     """Refuse paths that are not the same on every node of the cluster, before any work."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    answers = {}
+    asked, blind = {}, []
     for node in ray.nodes():
         if node["Alive"] and node["Resources"].get("CPU"):
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(sees_files).options(num_cpus=0, scheduling_strategy=here)
-            answers[node["NodeManagerAddress"]] = task.remote(run.folder)
-    try:
-        blind = [name for name, answer in answers.items() if not ray.get(answer)]
-    except ray.exceptions.RayError as error:
-        raise PackError(f"this node cannot run tasks: {explain(error)}") from None
+            asked[task.remote(run.folder)] = node["NodeManagerAddress"]
+    while asked:
+        for done in signals.wait(asked):
+            name = asked.pop(done)
+            try:
+                if not ray.get(done):
+                    blind.append(name)
+            except ray.exceptions.RayError as error:
+                raise PackError(f"node {name} cannot run tasks: {explain(error)}") from None
     if blind:
         raise PackError(
-            f"nodes {', '.join(blind)} do not see the files that this machine sees: --source and "
-            "--output must be on storage that all nodes share, under the same path, and can write"
+            f"nodes {', '.join(sorted(blind))} do not see the files that this machine sees: "
+            "--source and --output must be on storage that all nodes share, under the same path, "
+            "and can write"
         )
 
 
@@ -142,7 +189,7 @@ def pack_on_node(folder: str, shard_id: int) -> Shard:
 
 
 def pack_all(
-    run: Run, in_flight: int, strategy: str = "DEFAULT"
+    run: Run, signals: Signals, in_flight: int, strategy: str = "DEFAULT"
 ) -> Iterator[tuple[int, Shard | Exception]]:
     """Pack all shards of a run, with at most `in_flight` tasks submitted at a time.
 
@@ -161,7 +208,7 @@ def pack_all(
             running[task.remote(run.folder, shard_id)] = shard_id
         if not running:
             return
-        for done in ray.wait(list(running))[0]:
+        for done in signals.wait(running):
             shard_id = running.pop(done)
             try:
                 yield shard_id, ray.get(done)
@@ -169,22 +216,6 @@ def pack_all(
                 yield shard_id, error.cause
             except ray.exceptions.RayError as error:
                 yield shard_id, error
-
-
-stopped_by: list[int] = []  # signals that have ended the run
-
-
-def stop(number: int, _frame: object) -> NoReturn:
-    """End the run on a signal, with the exit code that a shell gives it."""
-    stopped_by.append(number)
-    print("stopped; the previous dataset is untouched; --resume continues", file=sys.stderr)
-    sys.exit(128 + number)
-
-
-def handle_signals() -> None:
-    """Let the polite signals end the run in order."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
 
 
 @one_line_errors
@@ -200,15 +231,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.address and args.address != "auto":
         check_address(args.address)
     run, _lock = start(**options, driver=os.getpid())  # the lock holds until this process ends
+    signals = Signals()
     try:
-        handle_signals()
+        signals.catch()
         num_workers = connect(args.address, args.num_workers)
-        handle_signals()  # Ray has set its own
+        signals.catch()  # Ray has set its own
+        signals.obey()
         if args.address:
-            check_nodes(run)
-            outcomes = pack_all(run, num_workers, "SPREAD")
+            check_nodes(run, signals)
+            outcomes = pack_all(run, signals, num_workers, "SPREAD")
         else:  # its CPUs bound what runs; a second task waits for each, so that none is idle
-            outcomes = pack_all(run, 2 * num_workers)
+            outcomes = pack_all(run, signals, 2 * num_workers)
         with ProgressBar(run.plan.total_samples) as bar:
             for shard_id, outcome in outcomes:
                 if isinstance(outcome, Shard):
@@ -218,8 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     bar.say(f"Shard {shard_id} failed: {explain(outcome)}", sys.stderr)
     finally:
         ray.shutdown()  # which ends the tasks that are left after a signal, on all nodes
-        if stopped_by:  # a blocking call of Ray makes any exit an exit with code 1
-            sys.exit(128 + stopped_by[0])
+        signals.release()
+    signals.obey()
     print(f"All shards created successfully with Ray.\n{finish(run)}")
     return 0
 

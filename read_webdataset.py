@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tarfile
@@ -18,13 +19,14 @@ from sharding.command import (
     Parser,
     ProgressBar,
     add_source_arguments,
+    drop_output,
     number_from,
     one_line_errors,
     plain_interrupt,
 )
-from sharding.errors import PackError, explain
+from sharding.errors import PackError, count, explain
 from sharding.folder import find_shards
-from sharding.shards import MAX_SHARDS
+from sharding.shards import MAX_SHARDS, shard_number
 from sharding.training import open_webdataset, plain_dataset
 from sharding.verify import Faults, check_dataset, identify
 
@@ -98,6 +100,14 @@ def print_faults(faults: Faults) -> None:
             print(f"{kind}: and {len(details) - SHOWN:,} more", file=sys.stderr)
 
 
+def how_to_pack(shard: str, total: int, args: argparse.Namespace) -> str:
+    """Return the command that packs a shard anew."""
+    return (
+        f"python create_webdataset.py --source {args.source or 'DIR'} --output {args.path} "
+        f"--shard-id {shard_number(shard)} --total-shards {total}, with the flags of the first time"
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = Parser(USAGE, __doc__ or "", EXAMPLES)
@@ -147,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for number, sample in enumerate(read_samples([] if args.quiet else sound, args.limit)):
             print_sample(number, sample)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head` has seen enough
+        drop_output()
     except (tarfile.TarError, ValueError) as error:
         raise PackError(f"webdataset cannot read a shard: {explain(error)}") from None
     if args.preview is not None:
@@ -154,16 +167,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if identify(shards) != before:
         raise PackError(f"{args.path!r}: the dataset was replaced while it was read; run again")
     print_faults(faults)
-    verdict = "OK" if not faults else f"{sum(map(len, faults.values())):,} faults"
+    total = len(reports) + len(faults.get("missing shard", ()))
+    if bad := [report.path for report in reports if not report.sound]:
+        print(
+            f"to pack {os.path.basename(bad[0])} again: {how_to_pack(bad[0], total, args)}",
+            file=sys.stderr,
+        )
+    verdict = "OK" if not faults else count(sum(map(len, faults.values())), "fault")
     if args.source is not None and not faults:
         verdict = f"OK, each sample of {one_line(args.source)} once, byte for byte"
-    print(
-        f"{sum(report.samples for report in reports):,} samples in {len(reports):,} shards, "
-        f"{sum(report.size for report in reports):,} bytes: {verdict}"
-    )
+    samples = count(sum(report.samples for report in reports), "sample")
+    size = sum(report.size for report in reports)
+    print(f"{samples} in {count(len(reports), 'shard')}, {size:,} bytes: {verdict}")
     return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` has seen enough: end in silence
     raise SystemExit(main())

@@ -115,6 +115,11 @@ class ProgressBar:
             self.bar.close()
 
 
+def drop_output() -> None:
+    """Send what stdout still holds to nowhere: nobody reads it, and to flush it would fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
 def plain_interrupt() -> Iterator[None]:
     """Let Ctrl-C end the process at once while large modules are imported; some swallow it."""
@@ -152,8 +157,8 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
         except KeyboardInterrupt:
             return 130
         except (InputError, PackError, OSError, ModuleNotFoundError) as error:
-            if isinstance(error, BrokenPipeError):  # so that the last flush does not fail, too
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                drop_output()
             print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
             return 2 if isinstance(error, InputError) else 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+import sys
 from collections.abc import Iterator
 
 CURES = {  # where the system's own words do not say what to do
@@ -33,6 +34,16 @@ def argument(name: str) -> str:
     A Python caller reads `num_shards`; `explain` makes it `--num-shards`.
     """
     return f"\0{name}\0"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun: '1 fault', '2,000 faults'."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def warn(message: str) -> None:
+    """Tell the user, in one line on stderr, what is odd but no error."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def explain(error: BaseException) -> str:

@@ -119,7 +119,11 @@ def _read_batches(source_fd: int, left: Iterator[Sample]) -> Iterator[Batch]:
         yield batch
     batches = iter(lambda: list(islice(left, few)), [])
     read = functools.partial(read_batch, source_fd, AHEAD_SIZE)
-    yield from in_order(ThreadPoolExecutor(READ_THREADS), read, batches, AHEAD_BATCHES)
+    pool = ThreadPoolExecutor(READ_THREADS)
+    try:
+        yield from in_order(pool, read, batches, AHEAD_BATCHES)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_batch(source_fd: int, whole_size: int, samples: Sequence[Sample]) -> Batch:
@@ -157,14 +161,11 @@ def read_batch(source_fd: int, whole_size: int, samples: Sequence[Sample]) -> Ba
 def in_order(
     pool: Executor, work: Callable[[Any], Any], tasks: Iterator[Any], ahead: int
 ) -> Iterator[Any]:
-    """Yield work(task) for each task, in order, with at most `ahead` begun; end the pool."""
+    """Yield work(task) for each task, in order, with at most `ahead` begun."""
     begun: deque[Future[Any]] = deque()
-    try:
-        while True:
-            for task in islice(tasks, ahead - len(begun)):
-                begun.append(pool.submit(work, task))
-            if not begun:
-                return
-            yield begun.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    while True:
+        for task in islice(tasks, ahead - len(begun)):
+            begun.append(pool.submit(work, task))
+        if not begun:
+            return
+        yield begun.popleft().result()

@@ -17,12 +17,13 @@ from collections import defaultdict
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from sharding.errors import InputError, PackError, argument, explain
+from sharding.errors import InputError, PackError, argument, count, explain, warn
 from sharding.shards import MAX_SHARDS, SHARD_PATTERN, STAGED_PATTERN, shard_name
 
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 LOCK = ".webdataset.lock"
+_STRAY_PATTERN = re.compile(r"shard-.*\.tar", re.DOTALL)  # what readers glob
 LOCK_WAIT = 0.5  # seconds; the holder of a run that has just ended takes a moment to go
 INTERRUPTED = "publishing was interrupted; run the same command again, the one that packed"
 
@@ -35,10 +36,19 @@ def check_output(
     inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source))
     if "tar" in fields and inside:
         raise InputError(f"{name} is inside {argument('source')}, whose tars it could replace")
+    strays = []
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(output):
-            if SHARD_PATTERN.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                raise InputError(f"{entry.path!r} is a folder with a shard's name; move it away")
+            if SHARD_PATTERN.fullmatch(entry.name):
+                if entry.is_dir(follow_symlinks=False):
+                    raise InputError(
+                        f"{entry.path!r} is a folder with a shard's name; move it away"
+                    )
+            elif _STRAY_PATTERN.fullmatch(entry.name):
+                strays.append(entry.name)
+    if strays:
+        found = f"{count(len(strays), 'file')} ({min(strays)!r})"
+        warn(f"{output!r} has {found} of another naming, which readers may take for a shard")
 
 
 def lock_output(output: str) -> int:
@@ -160,7 +170,7 @@ def find_shards(path: str) -> tuple[list[str], list[tuple[str, str]]]:
                 shards.append(entry.path)
             else:
                 faults.append(("not a file", entry.name))
-        elif re.fullmatch(r"shard-.*\.tar", entry.name, re.DOTALL):
+        elif _STRAY_PATTERN.fullmatch(entry.name):
             faults.append(("stray file, which readers may take for a shard", entry.name))
     if not shards:
         cure = "pack some with ./run_parallel.sh"

@@ -11,12 +11,11 @@ import functools
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from sharding.errors import PackError
+from sharding.errors import PackError, count, warn
 from sharding.files import stamp_of
 from sharding.folder import (
     LOCK,
@@ -32,7 +31,7 @@ from sharding.folder import (
     staging_folders,
 )
 from sharding.plan import PLAN, Plan, read_plan, read_shard, write_plan
-from sharding.samples import list_samples, parse_fields
+from sharding.samples import list_samples, parse_fields, warn_of_skipped
 from sharding.shards import PARTIAL_PATTERN, Progress, Shard, check_shard_numbers, write_shard
 
 
@@ -82,6 +81,7 @@ def start(
     listing = list_samples(source, fields, skip_incomplete, shuffle)
     samples = listing.samples
     check_shard_numbers(total_shards, len(samples))
+    warn_of_skipped(listing)
     check_output(output, source, fields)
     os.makedirs(output, exist_ok=True)
     lock = lock_output(output)
@@ -149,7 +149,7 @@ def finish(run: Run) -> str:
     if missing:
         first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise PackError(
-            f"not packed: {len(missing):,} shards ({first}); the previous dataset is untouched; "
+            f"not packed: {count(len(missing), 'shard')} ({first}); nothing was published; "
             "run again with --resume to pack just these"
         )
     sizes = [os.stat(path).st_size for paths in staged.values() for path in paths]
@@ -162,10 +162,12 @@ def finish(run: Run) -> str:
     for number, handler in zip(stopping, handlers, strict=True):
         signal.signal(number, handler)
     return (
-        f"{plan.total_samples:,} samples in {len(sizes):,} shards, {sum(sizes):,} bytes "
+        f"{count(plan.total_samples, 'sample')} in {count(len(sizes), 'shard')}, "
+        f"{sum(sizes):,} bytes "
         f"(mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
         f"in {time.time() - plan.started:.1f} s; "
-        f"{plan.ignored:,} names ignored, {plan.skipped:,} incomplete samples skipped"
+        f"{count(plan.ignored, 'name')} ignored, "
+        f"{count(plan.skipped, 'incomplete sample')} skipped"
     )
 
 
@@ -188,7 +190,7 @@ def _take_over(run: Run, resume: bool) -> None:
     left = [folder for folder in staging_folders(run.output) if folder != run.folder]
     left.sort(key=lambda folder: -len(staged_shards(folder)))
     if resume and not left:
-        print("nothing to resume: packed afresh", file=sys.stderr)
+        warn("no interrupted run to resume: all shards are packed")
     taken = None
     for old in left:
         same, before = False, None
@@ -220,5 +222,5 @@ def _same_samples(before: Plan, plan: Plan) -> bool:
     if not {"--fields", "number of shards"} & set(differs) and before.digest != plan.digest:
         differs.append("samples, or --shuffle")
     if differs:
-        print(f"not resumed but packed afresh: other {', '.join(differs)}", file=sys.stderr)
+        warn(f"not resumed but packed afresh: other {', '.join(differs)}")
     return not differs

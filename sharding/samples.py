@@ -10,12 +10,12 @@ import hashlib
 import os
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
-from sharding.errors import InputError, argument, explain
+from sharding.errors import InputError, argument, explain, warn
 
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8
 RESERVED_FOLDER = re.compile(r"__[^/]*__($|/)")  # in front of a name: webdataset drops it
@@ -121,12 +121,12 @@ def list_samples(
     scan.refuse_faults(skipped)
     order = attrgetter("key") if shuffle is None else functools.partial(_shuffle_rank, shuffle)
     scan.samples.sort(key=order)
-    return Listing(scan.samples, skipped, scan.ignored)
+    return Listing(scan.samples, skipped, sum(scan.ignored.values()))
 
 
 @functools.lru_cache(maxsize=1_024)
 def judge(extensions: tuple[str, ...], fields: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """Return what is wrong with the files of one stem, and the extensions that show it.
+    """Return what is wrong with the files of one stem, and which extensions are lacking or doubled.
 
     Args:
         extensions: of its files, those that are fields in some spelling, sorted in lower case.
@@ -140,7 +140,14 @@ def judge(extensions: tuple[str, ...], fields: tuple[str, ...]) -> tuple[str, tu
     if again:
         return DUPLICATE, tuple(extensions[place] for place in again)
     lacking = tuple(field for field in fields if field not in found)
-    return (INCOMPLETE, lacking[:1]) if lacking else ("", ())
+    return (INCOMPLETE, lacking) if lacking else ("", ())
+
+
+def warn_of_skipped(listing: Listing) -> None:
+    """Warn if `skip_incomplete` dropped most of the samples: the fields may be wrong."""
+    kept = len(listing.samples)
+    if listing.skipped > kept:
+        warn(f"{kept:,} of {kept + listing.skipped:,} samples are complete; are the fields right?")
 
 
 class _Scan:
@@ -152,7 +159,8 @@ class _Scan:
         self.folders = [""]  # to be listed, as "" or "cats/" below source
         self.samples: list[Sample] = []
         self.faults: dict[str, list[str]] = defaultdict(list)
-        self.ignored = 0
+        self.ignored: Counter[str] = Counter()  # by extension
+        self.irregular: set[str] = set()  # names of fields that no regular file has
         # (extensions of a stem, one more) -> all of them, or None where the one is no field
         self.grown: dict[tuple[tuple[str, ...], str], tuple[str, ...] | None] = {}
         self.tuples: dict[tuple[str, ...], tuple[str, ...]] = {}  # one for all equal ones
@@ -202,14 +210,17 @@ class _Scan:
         stem, _, extension = name.partition(".")
         if extension.lower() in self.fields:
             held.setdefault(stem, ())
+            self.irregular.add(f"{prefix}{stem}.{extension.lower()}")
         else:
             self.note_ignored(prefix, name)
 
     def note_ignored(self, prefix: str, name: str) -> None:
         """Note a file that is no part of a sample."""
-        self.ignored += 1
+        extension = name.rpartition(".")[2] if "." in name else ""
+        known = extension in self.ignored or len(self.ignored) < MAX_GROWN
+        self.ignored[extension if known else ""] += 1
         if name.lower().endswith(tuple(f".{field}" for field in self.fields)):
-            self.faults[DOTTED].append(prefix + name)
+            self.faults[DOTTED].append(_quote(prefix + name))
 
     def add_samples(self, prefix: str, held: dict[str, tuple[str, ...]]) -> None:
         """Note the complete samples of a folder, and what is wrong with the others."""
@@ -219,20 +230,40 @@ class _Scan:
             fault, which = judge(extensions, self.fields)
             plain = plain_prefix and stem.isprintable() and stem[:2] != "__"
             if not plain and (name_fault := _name_fault(key, stem)):
-                self.faults[name_fault].append(key)
+                self.faults[name_fault].append(_quote(key))
             elif fault:
-                self.faults[fault] += [f"{key}.{extension}" for extension in which]
+                self.faults[fault] += self.describe(key, extensions, which)
             else:
                 self.samples.append(Sample(key, key, extensions))
+
+    def describe(self, key: str, held: tuple[str, ...], wrong: tuple[str, ...]) -> list[str]:
+        """Say what is wrong with the files of a stem; `wrong` is what `judge` named."""
+        names = [f"{key}.{extension}" for extension in wrong]
+        if wrong[0] in held:  # it is there, but so is another
+            return [_quote(name) for name in names]
+        for name in names:
+            if name in self.irregular:
+                return [f"{_quote(name)} is no regular file"]
+        return [f"{_quote(f'{key}.{held[0]}')} has no .{wrong[0]}"]
+
+    def suggest(self, problem: str, names: list[str]) -> str:
+        """Return a hint if the field that samples lack may have another name here."""
+        if problem != INCOMPLETE or not self.ignored:
+            return ""
+        (extension, number), lacking = self.ignored.most_common(1)[0], names[0].rpartition(" .")[2]
+        if not extension or number < len(names) or lacking not in self.fields:
+            return ""
+        fields = ",".join(extension if field == lacking else field for field in self.fields)
+        return f"; .{extension} files are there ({number:,}): {argument('fields')} {fields}?"
 
     def refuse_faults(self, skipped: int) -> None:
         """Raise an InputError if the source has faults, or no complete sample."""
         where = f"{argument('source')} {os.fspath(self.source)!r}"
         for problem, names in self.faults.items():
             what, _, cure = problem.partition("; ")
-            first = ", ".join(repr(name[-100:]) for name in sorted(names)[:5])
+            first = ", ".join(sorted(names)[:5])
             arguments = {name: argument(name) for name in ("fields", "skip_incomplete")}
-            cure = cure.format(**arguments)
+            cure = cure.format(**arguments) + self.suggest(problem, names)
             raise InputError(f"{where} has {what}: {len(names)} ({first}); {cure}")
         if not self.samples:
             cure = "put pairs such as " + " + ".join(f"sample-0.{field}" for field in self.fields)
@@ -240,6 +271,10 @@ class _Scan:
             if not skipped and not self.ignored:
                 cure += ", or make some with ./make_dummy_data.sh"
             raise InputError(f"{where} has no complete sample: {cure}")
+
+
+def _quote(name: str) -> str:
+    return repr(name[-100:])
 
 
 def _name_fault(key: str, stem: str) -> str:

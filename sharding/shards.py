@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import BinaryIO, NamedTuple
 
 from sharding.archive import FastTarWriter
-from sharding.errors import InputError, naming
+from sharding.errors import InputError, count, naming
 from sharding.files import new_stamp, read_batches
 from sharding.samples import Sample
 
@@ -58,7 +58,9 @@ def check_shard_numbers(total_shards: int, samples: int, shard_id: int = 0) -> N
     if not 0 <= shard_id < total_shards:
         raise InputError(f"shard id {shard_id} is outside 0 to {total_shards - 1}")
     if total_shards > samples:
-        raise InputError(f"{total_shards} shards for {samples} samples: choose at most {samples}")
+        raise InputError(
+            f"{total_shards} shards for {count(samples, 'sample')}: choose at most {samples}"
+        )
 
 
 def write_shard(

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sharding.errors import PackError
+from sharding.errors import InputError, PackError
 from sharding.folder import find_shards
 
 if TYPE_CHECKING:
@@ -37,10 +37,14 @@ def open_webdataset(
         seed: of the order of shards and samples.
 
     Raises:
-        InputError, PackError: there are no shards, or not just shards.
+        InputError: there are no shards, or there is no such way to decode.
+        PackError: there are not just shards.
     """
     import webdataset as wds
 
+    spellings = sorted(wds.autodecode.imagespecs)
+    if decode is not None and decode not in spellings:
+        raise InputError(f"decode {decode!r}: choose None, or one of {', '.join(spellings)}")
     shards, faults = find_shards(os.fspath(path))
     for kind, name in faults:
         raise PackError(f"{kind}: {name}")

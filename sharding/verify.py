@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
 from collections import Counter, defaultdict
@@ -113,10 +114,18 @@ def check_dataset(
 def _check_in_parallel(tasks: Iterator[Task], num_workers: int) -> Iterator[Report]:
     """Yield the report of each task, in order, from this process or from several."""
     if num_workers == 1:
-        return map(check_shard, tasks)
+        yield from map(check_shard, tasks)
+        return
     ignore = signal.SIGINT, signal.SIG_IGN
     pool = ProcessPoolExecutor(num_workers, initializer=signal.signal, initargs=ignore)
-    return in_order(pool, check_shard, tasks, 2 * num_workers)
+    try:
+        yield from in_order(pool, check_shard, tasks, 2 * num_workers)
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.kill()  # else the end of the pool waits until their shards are checked
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def count_shards(shards: Sequence[str], listed: Sequence[Sample]) -> int:

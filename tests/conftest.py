@@ -51,9 +51,12 @@ def members(shard: Path) -> dict[str, bytes]:
         return {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
 
 
-def run_script(name: str, *arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user would, with this interpreter."""
-    command = [str(ROOT / name)] if name.endswith(".sh") else [sys.executable, str(ROOT / name)]
+def run_script(
+    name: str | Path, *arguments: str | Path, **options
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of the project, or at a path, as a user would, with this interpreter."""
+    path = str(ROOT / name)
+    command = [path] if path.endswith(".sh") else [sys.executable, path]
     environment = {**os.environ, "PYTHON": sys.executable, **options.pop("env", {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.run(

@@ -116,7 +116,7 @@ def test_hiccups_are_retried_and_nothing_else(cluster, tmp_path, monkeypatch, ca
     assert pack(source, tmp_path / "o", cluster) == 1
     err = capfd.readouterr().err
     assert re.search(r"Shard 7 failed: '[^']+' changed while .* \(on node [\d.]+\)", err), err
-    assert "not packed: 1 shards (7);" in err
+    assert "not packed: 1 shard (7);" in err
     tries = {n: (tmp_path / f"tries-{n}").read_text() for n in range(SHARDS)}
     assert {n: t for n, t in tries.items() if t != "x"} == {3: "xx"}
 

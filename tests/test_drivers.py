@@ -73,14 +73,17 @@ def test_worker_count_changes_nothing(
         assert hashes(tmp_path) == hashes(packed_by_bash)
 
 
+def copy_project(project: Path) -> Path:
+    project.mkdir()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh")]:
+        shutil.copy(path, project)
+    shutil.copytree(ROOT / "sharding", project / "sharding")
+    return project
+
+
 def test_defaults_from_any_directory(tmp_path: Path) -> None:
     """No arguments: the project's own folders, wherever it lies and wherever one stands."""
-    project = tmp_path / 'it\'s a "project" $HOME'
-    project.mkdir()
-    for name in ("create_webdataset.py", "run_parallel.sh", "make_dummy_data.sh"):
-        (project / name).write_bytes((ROOT / name).read_bytes())
-        (project / name).chmod(0o755)
-    shutil.copytree(ROOT / "sharding", project / "sharding")
+    project = copy_project(tmp_path / 'it\'s a "project" $HOME')
     environment = {**os.environ, "PYTHON": sys.executable, "CDPATH": "/"}
     for command in ("make_dummy_data.sh", "run_parallel.sh"):
         done = subprocess.run(
@@ -89,6 +92,44 @@ def test_defaults_from_any_directory(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert len(list((project / "source_data").iterdir())) == 20
     assert len(list((project / "webdataset_output").iterdir())) == 4
+
+
+def test_the_digits_of_a_name_are_one_constant(tmp_path: Path) -> None:
+    project, source = copy_project(tmp_path / "project"), write_pairs(tmp_path / "source", 4)
+    path = project / "sharding" / "shards.py"
+    path.write_text(path.read_text().replace("DIGITS = 6 ", "DIGITS = 8 "))
+    flags = ["--source", source, "--output", tmp_path / "o", "--num-shards=2"]
+    done = run_script(project / "run_parallel.sh", *flags)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "o")) == ["shard-00000000.tar", "shard-00000001.tar"]
+    read = ["--path", tmp_path / "o", "--source", source]
+    done = run_script(project / "read_webdataset.py", *read)
+    assert done.returncode == 0 and "4 samples in 2 shards" in done.stdout, done
+    done = run_script(project / "run_parallel.sh", *flags[:4], "--num-shards=1", "--resume")
+    assert os.listdir(tmp_path / "o") == ["shard-00000000.tar"], "an older, larger set goes"
+    done = run_script("read_webdataset.py", *read[:2])
+    assert done.returncode == 2 and "no shard-*.tar" in done.stderr
+
+
+def test_shards_of_another_naming_are_named(tmp_path: Path) -> None:
+    source, output = write_pairs(tmp_path / "source", 4), tmp_path / "o"
+    output.mkdir()
+    (output / "shard-00000000.tar").touch()
+    done = run_script("run_parallel.sh", "--source", source, "--output", output)
+    assert done.returncode == 0 and (output / "shard-00000000.tar").exists()
+    assert "has 1 file ('shard-00000000.tar') of another naming" in done.stderr
+    done = run_script("read_webdataset.py", "--path", output, "--quiet")
+    assert done.returncode == 1 and "stray file" in done.stderr and ": 1 fault\n" in done.stdout
+
+
+def test_most_samples_dropped(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 8)
+    for number in range(187):
+        (source / f"more-{number}.txt").touch()
+    flags = ["--source", source, "--output", tmp_path / "o", "--skip-incomplete"]
+    done = run_script("run_parallel.sh", *flags, "--num-shards=1")
+    assert done.returncode == 0, done.stderr
+    assert "warning: 8 of 195 samples are complete; are the fields right?" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["new\nline", "a#b?c;d", "run:1", "{0..3}", "'\"$(x)`y`", "--o"])
@@ -240,7 +281,7 @@ def test_a_failed_shard_is_named_and_nothing_is_published(script: str, tmp_path:
     done = run_script(script, *flags)
     assert done.returncode == 1
     assert "Shard 1 failed: " in done.stderr and "sample-1.jpg" in done.stderr
-    assert "not packed: 1 shards (1);" in done.stderr and "Traceback" not in done.stderr
+    assert "not packed: 1 shard (1);" in done.stderr and "Traceback" not in done.stderr
     assert "All shards created" not in done.stdout
     assert {name: value for name, value in hashes(output).items() if "/" not in name} == {
         **before,

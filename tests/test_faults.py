@@ -218,7 +218,7 @@ def test_resume_after_changes(tmp_path: Path) -> None:
     for shard_id, how in expected.items():
         assert f"Shard {shard_id} {how} with 10 samples." in lines, lines
     again = run_script("run_parallel.sh", *base, "--resume")
-    assert "nothing to resume" in again.stderr and again.stdout.count("created with") == 4
+    assert "no interrupted run to resume" in again.stderr and again.stdout.count("created with") == 4
     content: dict[str, bytes] = {}
     for shard_id in range(4):
         content |= members(output / shard_name(shard_id))

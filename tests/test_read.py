@@ -77,7 +77,7 @@ def test_odd_paths(name: str, tmp_path: Path, monkeypatch, capfd) -> None:
     make_dataset(tmp_path, {"a": (b"", b"")}).rename(tmp_path / name.replace("/", ""))
     monkeypatch.chdir(tmp_path)
     assert read_webdataset.main(["--path", name.replace("/", ""), "--quiet"]) == 0
-    assert capfd.readouterr().out.startswith("1 samples in")
+    assert capfd.readouterr().out.startswith("1 sample in 1 shard, ")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "file"])

@@ -37,7 +37,7 @@ def test_one_field_is_no_list_of_letters(tmp_path: Path) -> None:
         (("jpg", "txt"), ("", ())),
         (("JPG", "Txt"), ("", ())),
         (("jpg",), (INCOMPLETE, ("txt",))),
-        ((), (INCOMPLETE, ("jpg",))),
+        ((), (INCOMPLETE, ("jpg", "txt"))),
         (("JPG", "jpg", "txt"), (DUPLICATE, ("jpg",))),
         (("JPG", "jpg"), (DUPLICATE, ("jpg",))),
     ],

@@ -9,6 +9,13 @@ from conftest import write_pairs
 
 from create_webdataset import create_webdataset
 from read_webdataset import open_webdataset
+from sharding.errors import InputError
+
+
+@pytest.mark.parametrize("decode", ["PIL", "pillow", "torchRGB", "", True])
+def test_spellings_of_decode(decode: object, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"choose None, or one of .*pilrgb, .*torchrgb"):
+        open_webdataset(tmp_path, decode=decode)  # type: ignore[arg-type]
 
 
 def test_training_pipeline_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

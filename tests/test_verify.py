@@ -7,7 +7,10 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from PIL import Image
 
 import create_webdataset as core
 import read_webdataset as reader
-from sharding import files, verify
+from sharding import archive, files, verify
 from sharding.shards import shard_name
 
 SOAK = bool(os.environ.get("SOAK"))
@@ -82,6 +85,36 @@ def test_an_interrupt_is_no_damage(good: tuple[Path, Path], capfd, monkeypatch) 
     monkeypatch.setattr(files, "read_batch", interrupted)
     assert reader.main(["--path", str(good[1]), "--source", str(good[0]), "--quiet"]) == 130
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_ends_a_check_at_once(workers: int, tmp_path: Path) -> None:
+    """As with large shards: nobody waits until they are read."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").touch()
+        (tmp_path / f"{name}.jpg").touch()
+        os.truncate(tmp_path / f"{name}.jpg", 4 << 30)  # sparse
+    for shard_id in range(2):
+        header = archive.make_header(f"{'ab'[shard_id]}.jpg", 4 << 30)
+        (tmp_path / shard_name(shard_id)).write_bytes(header)
+        os.truncate(tmp_path / shard_name(shard_id), (4 << 30) + 20 * 512)
+    command = [sys.executable, reader.__file__, "--path", tmp_path, "--source", tmp_path]
+    process = subprocess.Popen(
+        [*map(str, command), "--quiet", f"--num-workers={workers}"], stdout=subprocess.PIPE
+    )
+    time.sleep(1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, b"") and time.monotonic() - began < 1
+
+
+def test_how_to_pack_a_shard_again(good: tuple[Path, Path], tmp_path: Path, capfd) -> None:
+    shutil.copytree(good[1], tmp_path / "o")
+    os.truncate(tmp_path / "o" / "shard-000003.tar", 600)
+    code, err = check(tmp_path / "o", capfd, "--source", good[0])
+    cure = f"--source {good[0]} --output {tmp_path}/o --shard-id 3 --total-shards 5, with the flags"
+    assert code == 1 and cure in err, err
 
 
 def test_an_empty_shard_too_many(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
