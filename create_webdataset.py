@@ -20,6 +20,7 @@ from sharding.command import (
     Parser,
     ProgressBar,
     add_source_arguments,
+    list_source,
     number_from,
     one_line_errors,
     require,
@@ -33,7 +34,8 @@ from sharding.folder import (
     staging_folders,
     sync_folder,
 )
-from sharding.samples import deal, list_samples, parse_fields, warn_of_skipped
+from sharding.listing import list_samples
+from sharding.samples import deal
 from sharding.shards import (
     MAX_SHARDS,
     PARTIAL_PATTERN,
@@ -57,8 +59,10 @@ def create_webdataset(
     output: str | os.PathLike[str],
     shard_id: int,
     total_shards: int,
-    fields: str | Iterable[str] = ("jpg", "txt"),
-    skip_incomplete: bool = False,
+    fields: str | Iterable[str] = "jpg,txt",
+    optional_fields: str | Iterable[str] = (),
+    replace_dots: str | None = None,
+    skip_bad: bool = False,
     shuffle: int | None = None,
     progress: Progress | None = None,
 ) -> Shard:
@@ -67,7 +71,7 @@ def create_webdataset(
     The shard appears under its name only when it is whole and on the disk.
 
     Args:
-        source, fields, skip_incomplete, shuffle: see `list_samples`.
+        source, fields, optional_fields, replace_dots, skip_bad, shuffle: see `list_samples`.
         output: the folder for the shard, made when it is missing.
         shard_id, total_shards: which shard to pack, 0 <= shard_id < total_shards.
         progress: called with the number of samples that have just been packed.
@@ -76,10 +80,17 @@ def create_webdataset(
         InputError: the source or the shard numbers are bad; nothing was written.
         PackError, OSError: packing failed; no shard appeared.
     """
-    listing = list_samples(source, fields, skip_incomplete, shuffle)
+    listing = list_samples(
+        source,
+        fields,
+        optional_fields=optional_fields,
+        replace_dots=replace_dots,
+        skip_bad=skip_bad,
+        shuffle=shuffle,
+    )
     check_shard_numbers(total_shards, len(listing.samples), shard_id)
     samples = deal(listing.samples, shard_id, total_shards)  # [shard_id::total_shards]
-    check_output(output, source, parse_fields(fields))
+    check_output(output, listing)
     os.makedirs(output, exist_ok=True)
     return write_shard(source, samples, output, shard_id, progress)
 
@@ -117,10 +128,9 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     """
     require(args, "source", "output", "total_shards", "shard_id")
     total = args.total_shards
-    listing = list_samples(args.source, args.fields, args.skip_incomplete, args.shuffle)
+    listing = list_source(args)
     check_shard_numbers(total, len(listing.samples), args.shard_id)
-    check_output(args.output, args.source, parse_fields(args.fields))
-    warn_of_skipped(listing)
+    check_output(args.output, listing)
     shard_ids = every(args, total)
     shards = {shard_id: deal(listing.samples, shard_id, total) for shard_id in shard_ids}
     os.makedirs(args.output, exist_ok=True)

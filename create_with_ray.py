@@ -21,6 +21,7 @@ from sharding.command import (
     NUM_WORKERS,
     ProgressBar,
     driver_parser,
+    list_source,
     one_line_errors,
     plain_interrupt,
     run_options,
@@ -86,9 +87,27 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = driver_parser("python create_with_ray.py", __doc__ or "", EXAMPLE)
     add = parser.add_argument_group("a cluster that runs already").add_argument
-    what = "auto or HOST:PORT; needs --num-shards; --num-workers is all its CPUs by default"
+    what = "HOST:PORT, auto, or local for an own one (default: $RAY_ADDRESS, else local)"
     add("--address", metavar="A", help=what)
     return parser
+
+
+def find_address(args: argparse.Namespace) -> str | None:
+    """Return the address of the cluster to join, from --address or RAY_ADDRESS, if any.
+
+    Raises:
+        InputError: it cannot be used, or no flag says how many shards to pack there.
+    """
+    address = args.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("ray://"):
+        cure = "give the HOST:PORT of the cluster, or use `ray job submit`"
+        raise InputError(f"--address {address!r}: Ray's client is not used here; {cure}")
+    if address == "local":
+        return None
+    if not (args.num_shards or args.samples_per_shard or args.num_workers):
+        reason = "the shards must not depend on the cluster"
+        raise InputError(f"--address needs --num-shards or --samples-per-shard: {reason}")
+    return str(address)
 
 
 def check_address(address: str) -> None:
@@ -128,6 +147,8 @@ def connect(address: str | None, num_workers: int | None) -> int:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # Ray raises many kinds, Exception itself included
         reason = str(error).strip().partition("\n")[0]
+        if "AF_UNIX" in reason:
+            reason += "; set RAY_TMPDIR to a folder with a short path"
         if address is None:
             raise PackError(f"Ray does not start: {reason}") from None
         cure = "is RAY_AUTH_MODE=token set, and the token the cluster's? see README, On a cluster"
@@ -222,22 +243,21 @@ def pack_all(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    if args.address and args.num_shards is None:
-        raise InputError("--address needs --num-shards: the shards must not depend on the cluster")
-    options = run_options(args)
+    address, options = find_address(args), run_options(args)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported
     with plain_interrupt():
         import ray
-    if args.address and args.address != "auto":
-        check_address(args.address)
-    run, _lock = start(**options, driver=os.getpid())  # the lock holds until this process ends
+    if address and address != "auto":
+        check_address(address)
+    # The lock holds until this process ends.
+    run, _lock = start(list_source(args), **options, driver=os.getpid())
     signals = Signals()
     try:
         signals.catch()
-        num_workers = connect(args.address, args.num_workers)
+        num_workers = connect(address, args.num_workers)
         signals.catch()  # Ray has set its own
         signals.obey()
-        if args.address:
+        if address:
             check_nodes(run, signals)
             outcomes = pack_all(run, signals, num_workers, "SPREAD")
         else:  # its CPUs bound what runs; a second task waits for each, so that none is idle

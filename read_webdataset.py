@@ -8,7 +8,7 @@ import signal
 import sys
 import tarfile
 import textwrap
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -20,19 +20,21 @@ from sharding.command import (
     ProgressBar,
     add_source_arguments,
     drop_output,
+    list_source,
     number_from,
     one_line_errors,
     plain_interrupt,
 )
 from sharding.errors import PackError, count, explain
+from sharding.faults import left_out, open_report
 from sharding.folder import find_shards
+from sharding.samples import parse_fields
 from sharding.shards import MAX_SHARDS, shard_number
 from sharding.training import open_webdataset, plain_dataset
-from sharding.verify import Faults, check_dataset, identify
+from sharding.verify import Checked, Faults, check_dataset, identify
 
 __all__ = ["open_webdataset"]  # for `from read_webdataset import open_webdataset`
 TEXT_LIMIT = 200  # characters of a text that are printed
-SHOWN = 5  # faults of one kind that are named; the rest are counted
 USAGE = "read_webdataset.py --path DIR [options]"
 EXAMPLES = """examples:
   python read_webdataset.py --path webdataset_output --limit 3
@@ -93,11 +95,22 @@ def preview(shards: Sequence[str], limit: int, target: str) -> None:
 
 def print_faults(faults: Faults) -> None:
     """Print the first few faults of each kind on stderr, and count the others."""
-    for kind, details in faults.items():
-        for detail in details[:SHOWN]:
-            print(f"{kind}: {one_line(detail)}", file=sys.stderr)
-        if len(details) > SHOWN:
-            print(f"{kind}: and {len(details) - SHOWN:,} more", file=sys.stderr)
+    for kind, number in faults.numbers.items():
+        for text in faults.shown[kind]:
+            print(f"{kind}: {one_line(text)}", file=sys.stderr)
+        if more := number - len(faults.shown[kind]):
+            print(f"{kind}: and {more:,} more", file=sys.stderr)
+
+
+def count_fields(reports: Sequence[Checked]) -> str:
+    """Return how many samples have which fields, if they differ, and how many texts are empty."""
+    numbers: Counter[str] = Counter()
+    for report in reports:
+        for fields, (number, _) in report.field_sets.items():
+            numbers["+".join(fields)] += number
+    empty = sum(report.empty for report in reports)
+    said = left_out("fields", numbers) if len(numbers) > 1 else ""
+    return said + (f"; {count(empty, 'empty text')}" if empty else "")
 
 
 def how_to_pack(shard: str, total: int, args: argparse.Namespace) -> str:
@@ -117,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="print the summary alone")
     add("--preview", metavar="FILE", help="draw the first samples (--limit, or 16) of all shards")
     add = parser.add_argument_group("what to check").add_argument
-    add("--decode", action="store_true", help="decode every image in full")
+    add("--decode", action="store_true", help="decode every image, text, number and JSON")
     number, workers = number_from(1, MAX_SHARDS), "processes (default: %(default)s)"
     add("--num-workers", metavar="N", type=number, default=1, help=workers)
     add_source_arguments(parser, "the source to prove the shards against, if any")
@@ -136,23 +149,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             from sharding.images import check_preview
     if args.preview is not None:
         check_preview(args.preview, drawn)
-    faults: Faults = defaultdict(list)
+    fields = parse_fields(args.fields, args.optional_fields)
     shards, strays = find_shards(args.path)
-    for kind, name in strays:
-        faults[kind].append(name)
     before = identify(shards)
-    with ProgressBar(len(shards), unit=" shards") as bar:
-        reports = check_dataset(
-            shards,
-            faults,
-            source=args.source,
-            fields=args.fields,
-            skip_incomplete=args.skip_incomplete,
-            shuffle=args.shuffle,
-            decode=args.decode,
-            num_workers=args.num_workers,
-            progress=bar.update,
-        )
+    with open_report(args.report, args.source, args.path) as report:
+        listing = None if args.source is None else list_source(args, report)
+        faults = Faults(report)
+        for kind, name in strays:
+            faults.add(kind, name, name)
+        with ProgressBar(len(shards), unit=" shards") as bar:
+            reports = check_dataset(
+                shards,
+                faults,
+                fields=fields,
+                listing=listing,
+                decode=args.decode,
+                num_workers=args.num_workers,
+                progress=bar.update,
+            )
     sound = [report.path for report in reports if report.sound]
     try:
         for number, sample in enumerate(read_samples([] if args.quiet else sound, args.limit)):
@@ -167,19 +181,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if identify(shards) != before:
         raise PackError(f"{args.path!r}: the dataset was replaced while it was read; run again")
     print_faults(faults)
-    total = len(reports) + len(faults.get("missing shard", ()))
+    total = len(reports) + faults.numbers["missing shard"]
     if bad := [report.path for report in reports if not report.sound]:
         print(
             f"to pack {os.path.basename(bad[0])} again: {how_to_pack(bad[0], total, args)}",
             file=sys.stderr,
         )
-    verdict = "OK" if not faults else count(sum(map(len, faults.values())), "fault")
-    if args.source is not None and not faults:
+    number = sum(faults.numbers.values())
+    verdict = count(number, "fault") if number else "OK"
+    if listing and not number:
         verdict = f"OK, each sample of {one_line(args.source)} once, byte for byte"
+    if listing:
+        verdict += left_out("ignored", listing.ignored) + left_out("skipped", listing.skipped)
+    verdict += count_fields(reports)
     samples = count(sum(report.samples for report in reports), "sample")
     size = sum(report.size for report in reports)
     print(f"{samples} in {count(len(reports), 'shard')}, {size:,} bytes: {verdict}")
-    return 1 if faults else 0
+    return 1 if number else 0
 
 
 if __name__ == "__main__":

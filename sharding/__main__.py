@@ -16,7 +16,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
 if not __package__:  # run as `python sharding`
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-from sharding.command import NUM_WORKERS, Parser, driver_parser, one_line_errors, run_options
+from sharding.command import (
+    NUM_WORKERS,
+    Parser,
+    driver_parser,
+    list_source,
+    one_line_errors,
+    run_options,
+)
 from sharding.errors import InputError
 from sharding.folder import lock_output
 from sharding.run import finish, load, start
@@ -44,7 +51,8 @@ def build_start_parser(for_bash: bool) -> argparse.ArgumentParser:
 def start_run(argv: Sequence[str]) -> int:
     """Start a run and print its folder; for run_parallel.sh, also hold the lock of its output."""
     args = build_start_parser(for_bash="--hold" in argv[:1]).parse_args(argv)
-    run, _lock = start(**run_options(args), driver=args.hold)
+    options = run_options(args)
+    run, _lock = start(list_source(args), **options, driver=args.hold)
     if args.hold is None:
         print(run.folder)
         return 0

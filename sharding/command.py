@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from sharding.errors import InputError, PackError, argument, explain
+from sharding.faults import Report, open_report
+from sharding.listing import Listing, list_samples
 from sharding.shards import MAX_SHARDS
 
 NUM_WORKERS = 4  # of a driver, by default
@@ -54,10 +56,24 @@ def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the sour
     """Add the flags that say what a source is, and mean the same in every script."""
     add = parser.add_argument_group(title).add_argument
     add("--source", metavar="DIR", help="folder of the raw files, listed recursively")
-    what = "a sample's files (default: %(default)s)"
+    what = "a sample's files (default: %(default)s); A;B for one of two"
     add("--fields", metavar="A,B", default="jpg,txt", help=what)
-    add("--skip-incomplete", action="store_true", help="drop samples that lack a field")
+    add("--optional-fields", metavar="A,B", default="", help="files that a sample may lack")
+    what = "let names have dots before the field, and replace them by C in the key"
+    add("--replace-dots", metavar="C", help=what)
+    add("--skip-bad", action="store_true", help="drop what would be refused, and count it")
     add("--shuffle", metavar="SEED", type=int, help="shuffle before sharding")
+    add("--report", metavar="FILE", help="write every name that is left out, as JSON lines")
+
+
+def list_source(args: argparse.Namespace, report: Report | None = None) -> Listing:
+    """List the source that the flags of `add_source_arguments` describe."""
+    names = ("fields", "optional_fields", "replace_dots", "skip_bad", "shuffle")
+    flags = {name: getattr(args, name) for name in names}
+    if report:
+        return list_samples(args.source, **flags, report=report)
+    with open_report(args.report, args.source, args.output) as report:
+        return list_samples(args.source, **flags, report=report)
 
 
 def driver_parser(command: str, purpose: str, example: str = "") -> argparse.ArgumentParser:
@@ -75,6 +91,7 @@ def driver_parser(command: str, purpose: str, example: str = "") -> argparse.Arg
     workers = f"processes, or tasks at a time (default: {NUM_WORKERS})"
     add("--num-workers", metavar="N", type=number, help=workers)
     add("--num-shards", metavar="N", type=number, help="shards (default: as many as workers)")
+    add("--samples-per-shard", metavar="N", type=number_from(1), help="this in place of that")
     parser.set_defaults(source=_PROJECT / "source_data", output=_PROJECT / "webdataset_output")
     return parser
 
@@ -82,9 +99,13 @@ def driver_parser(command: str, purpose: str, example: str = "") -> argparse.Arg
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `run.start` that the flags of `driver_parser` stand for."""
     require(args, "source", "output")
-    total = args.num_shards or args.num_workers or NUM_WORKERS
-    names = ("source", "output", "fields", "skip_incomplete", "shuffle", "resume")
-    return {"total_shards": total, **{name: getattr(args, name) for name in names}}
+    if args.num_shards and args.samples_per_shard:
+        both = f"{argument('num_shards')} and {argument('samples_per_shard')}"
+        raise InputError(f"{both} settle the same: give one of them")
+    options = {"output": args.output, "resume": args.resume}
+    if args.samples_per_shard:
+        return {**options, "samples_per_shard": args.samples_per_shard}
+    return {**options, "total_shards": args.num_shards or args.num_workers or NUM_WORKERS}
 
 
 class ProgressBar:
@@ -159,7 +180,8 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
         except (InputError, PackError, OSError, ModuleNotFoundError) as error:
             if isinstance(error, BrokenPipeError):
                 drop_output()
-            print(f"{Path(sys.argv[0]).name}: error: {explain(error)}", file=sys.stderr)
+            for line in explain(error).split("\n"):
+                print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
             return 2 if isinstance(error, InputError) else 1
 
     return wrapper

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,12 @@ def argument(name: str) -> str:
     return f"\0{name}\0"
 
 
+def refuse_url(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a URL where a folder is wanted; it would become a folder of that name."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)):
+        raise InputError(f"{argument(name)} {path!r}: URLs are not supported; give a folder")
+
+
 def count(number: int, noun: str) -> str:
     """Return a number with its noun: '1 fault', '2,000 faults'."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
@@ -56,7 +63,10 @@ def explain(error: BaseException) -> str:
         return f"{name}{error.strerror}" + (f"; {cure}" if cure else "")
     text = str(error.args[0]) if isinstance(error, _Error) and error.args else str(error)
     text = re.sub("\0([a-z_]+)\0", lambda match: "--" + match[1].replace("_", "-"), text)
-    return " ".join(text.split())[:1_000] or type(error).__name__
+    lines = [" ".join(line.split())[:1_000] for line in text.split("\n")]
+    if not isinstance(error, InputError):  # whose lines are faults of several kinds
+        lines = [" ".join(lines)[:1_000]]
+    return "\n".join(lines) or type(error).__name__
 
 
 @contextlib.contextmanager

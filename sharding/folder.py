@@ -7,6 +7,7 @@ a file of its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -14,27 +15,29 @@ import secrets
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 
-from sharding.errors import InputError, PackError, argument, count, explain, warn
+from sharding.errors import InputError, PackError, argument, count, explain, refuse_url, warn
+from sharding.listing import Listing
 from sharding.shards import MAX_SHARDS, SHARD_PATTERN, STAGED_PATTERN, shard_name
 
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 LOCK = ".webdataset.lock"
 _STRAY_PATTERN = re.compile(r"shard-.*\.tar", re.DOTALL)  # what readers glob
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of flock: some Lustre and FUSE
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # of fsync on a folder: CIFS and the like
 LOCK_WAIT = 0.5  # seconds; the holder of a run that has just ended takes a moment to go
 INTERRUPTED = "publishing was interrupted; run the same command again, the one that packed"
 
 
-def check_output(
-    output: str | os.PathLike[str], source: str | os.PathLike[str], fields: Sequence[str]
-) -> None:
+def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
     """Refuse an output in which shards cannot take, or would harm, what has their names."""
+    refuse_url("output", output)
     name = f"{argument('output')} {os.fspath(output)!r}"
-    inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source))
-    if "tar" in fields and inside:
+    inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(listing.source))
+    if "tar" in listing.fields.known() and inside:
         raise InputError(f"{name} is inside {argument('source')}, whose tars it could replace")
     strays = []
     with contextlib.suppress(FileNotFoundError):
@@ -66,7 +69,12 @@ def lock_output(output: str) -> int:
                 return fd
         except FileNotFoundError:
             pass  # the run that held it has just ended and removed the file
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                warn(f"{output!r}: no locks on this file system: two runs would not see each other")
+                return fd
+            if not isinstance(error, BlockingIOError):
+                raise
             if time.monotonic() > deadline:
                 os.close(fd)
                 message = f"another run is packing into {output!r}; wait, or stop it"
@@ -145,6 +153,9 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(fd)
 
@@ -156,6 +167,7 @@ def find_shards(path: str) -> tuple[list[str], list[tuple[str, str]]]:
         InputError: there are none.
         PackError: a run was cut short while its shards replaced the previous ones.
     """
+    refuse_url("path", path)
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         runs = staging_folders(path)

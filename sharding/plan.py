@@ -25,11 +25,11 @@ class Plan(NamedTuple):
     """The first line of a plan."""
 
     source: str
-    fields: tuple[str, ...]
+    fields: str  # as the flags spell them
     total_shards: int
     total_samples: int
-    skipped: int  # this and the next: see Listing
-    ignored: int
+    skipped: dict[str, int]  # this and the next: see Listing
+    ignored: dict[str, int]
     started: float  # seconds since the epoch
     host: str
     driver: int | None  # the process without which no worker goes on; None for an array job
@@ -74,7 +74,7 @@ def read_plan(folder: str) -> Plan:
     """
     with _opening(folder) as path, open(path, "rb") as stream:
         plan = Plan(**json.loads(stream.readline()))
-        return plan._replace(fields=tuple(plan.fields), usual=tuple(plan.usual))
+        return plan._replace(usual=tuple(plan.usual))
 
 
 def read_shard(folder: str, shard_id: int) -> list[Sample]:

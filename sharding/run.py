@@ -12,10 +12,10 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from sharding.errors import PackError, count, warn
+from sharding.faults import left_out
 from sharding.files import stamp_of
 from sharding.folder import (
     LOCK,
@@ -30,8 +30,8 @@ from sharding.folder import (
     staged_shards,
     staging_folders,
 )
+from sharding.listing import Listing
 from sharding.plan import PLAN, Plan, read_plan, read_shard, write_plan
-from sharding.samples import list_samples, parse_fields, warn_of_skipped
 from sharding.shards import PARTIAL_PATTERN, Progress, Shard, check_shard_numbers, write_shard
 
 
@@ -48,13 +48,11 @@ class Run(NamedTuple):
 
 
 def start(
+    listing: Listing,
     *,
-    source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    total_shards: int,
-    fields: str | Iterable[str] = ("jpg", "txt"),
-    skip_incomplete: bool = False,
-    shuffle: int | None = None,
+    total_shards: int | None = None,
+    samples_per_shard: int | None = None,
     resume: bool = False,
     driver: int | None = None,
 ) -> tuple[Run, int]:
@@ -63,9 +61,10 @@ def start(
     What other runs left in the output is finished, resumed or cleared.
 
     Args:
-        source, fields, skip_incomplete, shuffle: see `list_samples`.
+        listing: what is packed.
         output: the folder for the shards, made when it is missing.
-        total_shards: number of shards.
+        total_shards: number of shards, or
+        samples_per_shard: the most samples that a shard gets.
         resume: keep the shards that an interrupted run of the same samples had finished.
         driver: id of the process without which no worker goes on; None for an array job.
 
@@ -76,13 +75,10 @@ def start(
         InputError: bad input; nothing was written.
         PackError: another run is packing into this output.
     """
-    started, fields = time.time(), parse_fields(fields)
-    source, output = os.path.abspath(source), os.path.abspath(output)
-    listing = list_samples(source, fields, skip_incomplete, shuffle)
-    samples = listing.samples
-    check_shard_numbers(total_shards, len(samples))
-    warn_of_skipped(listing)
-    check_output(output, source, fields)
+    check_output(output, listing)
+    output, samples = os.path.abspath(output), listing.samples
+    total = total_shards or -(-len(samples) // (samples_per_shard or len(samples)))
+    check_shard_numbers(total, len(samples))
     os.makedirs(output, exist_ok=True)
     lock = lock_output(output)
     remove_shards(output, PARTIAL_PATTERN)
@@ -90,13 +86,13 @@ def start(
     folder = new_staging(output)
     os.mkdir(folder)
     plan = Plan(
-        source=source,
-        fields=fields,
-        total_shards=total_shards,
+        source=os.path.abspath(listing.source),
+        fields=str(listing.fields),
+        total_shards=total,
         total_samples=len(samples),
         skipped=listing.skipped,
         ignored=listing.ignored,
-        started=started,
+        started=listing.started,
         host=os.uname().nodename,
         driver=driver,
     )
@@ -165,9 +161,8 @@ def finish(run: Run) -> str:
         f"{count(plan.total_samples, 'sample')} in {count(len(sizes), 'shard')}, "
         f"{sum(sizes):,} bytes "
         f"(mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
-        f"in {time.time() - plan.started:.1f} s; "
-        f"{count(plan.ignored, 'name')} ignored, "
-        f"{count(plan.skipped, 'incomplete sample')} skipped"
+        f"in {time.time() - plan.started:.1f} s"
+        f"{left_out('ignored', plan.ignored)}{left_out('skipped', plan.skipped)}"
     )
 
 
@@ -220,7 +215,7 @@ def _same_samples(before: Plan, plan: Plan) -> bool:
     names = {"source": "--source", "fields": "--fields", "total_shards": "number of shards"}
     differs = [names[name] for name in names if getattr(before, name) != getattr(plan, name)]
     if not {"--fields", "number of shards"} & set(differs) and before.digest != plan.digest:
-        differs.append("samples, or --shuffle")
+        differs.append("samples, or flags that choose or order them")
     if differs:
         warn(f"not resumed but packed afresh: other {', '.join(differs)}")
     return not differs

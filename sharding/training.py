@@ -5,6 +5,7 @@ In comes the folder of the shards, out goes a `wds.WebDataset`. Knows nothing of
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import warnings
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 def open_webdataset(
     path: str | os.PathLike[str],
-    fields: str | Iterable[str] = ("jpg", "txt"),
+    fields: str | Iterable[str] = "jpg,txt",
+    optional_fields: str | Iterable[str] = (),
     decode: str | None = "pilrgb",
     shuffle_buffer: int = 1_000,
     seed: int = 0,
@@ -29,7 +31,9 @@ def open_webdataset(
 
     Args:
         path: folder of the shards.
-        fields: what a sample is given as, in this order: "jpg,txt", or the fields one by one.
+        fields: what a sample is given as, in this order: "jpg,txt", or the fields one by one;
+            "jpg;png" is the one of them that it has.
+        optional_fields: more of these, behind them; None where a sample has none.
         decode: what images become: "pilrgb", "torchrgb", ... as `decode` of webdataset says;
             None leaves every field as bytes.
         shuffle_buffer: samples that a worker holds to shuffle them; 0 keeps the order of the
@@ -57,9 +61,26 @@ def open_webdataset(
     )
     if shuffle_buffer > 0:  # anew from seed and epoch, however much of the last epoch was read
         dataset = dataset.compose(wds.detshuffle(shuffle_buffer, seed=seed))
-    names = fields.split(",") if isinstance(fields, str) else fields
-    names = [name.lower() for name in names]
-    return (dataset.decode(decode) if decode else dataset).to_tuple(*names)
+    if decode:
+        dataset = dataset.decode(decode)
+    required, optional = _split(fields), _split(optional_fields)
+    if optional:
+        dataset = dataset.map(functools.partial(_fill, optional))
+    return dataset.to_tuple(*required, *optional, none_is_error=not optional)
+
+
+def _split(fields: str | Iterable[str]) -> list[str]:
+    named = fields if isinstance(fields, str) else ",".join(fields)
+    return [entry.lower() for entry in named.split(",") if entry]
+
+
+def _fill(optional: Sequence[str], sample: dict[str, Any]) -> dict[str, Any]:
+    """Give a sample None for what it lacks."""
+    for entry in optional:
+        alternatives = entry.split(";")
+        if not any(field in sample for field in alternatives):
+            sample[alternatives[0]] = None
+    return sample
 
 
 def plain_dataset(shards: Sequence[str], **options: Any) -> wds.WebDataset:

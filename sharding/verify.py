@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -20,20 +21,31 @@ from typing import Any, BinaryIO, NamedTuple
 
 from sharding.archive import Damaged, read_members
 from sharding.errors import PackError, naming
+from sharding.faults import SHOWN, Report
 from sharding.files import in_order
-from sharding.samples import (
-    RESERVED_FOLDER,
-    Sample,
-    deal,
-    list_samples,
-    parse_fields,
-    split_name,
-)
+from sharding.listing import Listing
+from sharding.samples import RESERVED_FOLDER, Fields, Sample, deal, judge, split_name
 from sharding.shards import shard_name, shard_number, write_samples
 
 MISPLACED = "sample in another shard than this source and its flags say"
 
-Faults = defaultdict[str, list[str]]  # what is wrong -> where
+Fault = tuple[str, str, str]  # its kind, the name of a shard, key or member, and what is shown
+
+
+class Faults:
+    """What is wrong: counted, and written to a report; the first few of a kind are kept."""
+
+    def __init__(self, report: Report | None = None) -> None:
+        self.report = report or Report()
+        self.numbers: Counter[str] = Counter()
+        self.shown: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, kind: str, name: str, text: str) -> None:
+        """Note a fault."""
+        self.numbers[kind] += 1
+        self.report.add(name, kind, text)
+        if len(self.shown[kind]) < SHOWN:
+            self.shown[kind].append(text)
 
 
 class Task(NamedTuple):
@@ -45,15 +57,16 @@ class Task(NamedTuple):
     samples: Sequence[Sample] = ()  # that the source, if any, has for this shard
 
 
-class Report(NamedTuple):
+class Checked(NamedTuple):
     """What a shard holds, and what is wrong with it."""
 
     path: str
     size: int
     keys: Sequence[str]  # in order; none where it is proved: they are those of the source
     samples: int
-    field_sets: Mapping[tuple[str, ...], str]  # fields -> a key that has them
-    faults: Sequence[tuple[str, str]]  # kind and detail of each
+    field_sets: Mapping[tuple[str, ...], tuple[int, str]]  # fields -> how many keys, and one
+    faults: Sequence[Fault]
+    empty: int = 0  # texts, as far as they were decoded
     sound: bool = True  # webdataset can read it
     proved: bool = False  # byte for byte what the source makes it
 
@@ -65,53 +78,50 @@ def check_dataset(
     shards: Sequence[str],
     faults: Faults,
     *,
-    source: str | os.PathLike[str] | None = None,
-    fields: str | Iterable[str] = ("jpg", "txt"),
-    skip_incomplete: bool = False,
-    shuffle: int | None = None,
+    fields: Fields,
+    listing: Listing | None = None,
     decode: bool = False,
     num_workers: int = 1,
     progress: Callable[[], object] = lambda: None,
-) -> list[Report]:
+) -> list[Checked]:
     """Check every shard, and what only shows across shards.
 
     Args:
         shards: their paths, in order.
         faults: takes what is wrong.
-        source: what the shards must hold, each sample once; with the flags of `list_samples`.
-        decode: decode every image in full.
+        fields: what samples may have; if all fit, their fields may differ.
+        listing: what the shards must hold, each sample once.
+        decode: decode every image, text, number and JSON in full.
         num_workers: processes.
         progress: called for each shard that is done.
 
     Raises:
-        InputError: the source is refused.
         PackError: a process was killed.
     """
-    listed: Sequence[Sample] = ()  # a source that holds none is refused
-    if source is not None:
-        listed = list_samples(source, parse_fields(fields), skip_incomplete, shuffle).samples
+    listed: Sequence[Sample] = listing.samples if listing else ()  # never an empty one
+    source = listing.source if listing else ""
     total = count_shards(shards, listed)
     tasks = (
-        Task(shard, decode, source or "", deal(listed, shard_number(shard), total))
-        for shard in shards
+        Task(shard, decode, source, deal(listed, shard_number(shard), total)) for shard in shards
     )
     for number in sorted(set(range(total)) - set(map(shard_number, shards))):
-        faults["missing shard"].append(shard_name(number))
-    reports: list[Report] = []
+        faults.add("missing shard", shard_name(number), shard_name(number))
+    reports: list[Checked] = []
     try:
         for report in _check_in_parallel(tasks, min(num_workers, len(shards))):
             progress()
             reports.append(report)
-            for kind, detail in report.faults:
-                faults[kind].append(f"{os.path.basename(report.path)}: {detail}")
+            for kind, name, text in report.faults:
+                faults.add(kind, name, f"{os.path.basename(report.path)}: {text}")
     except BrokenProcessPool:
         reason = "is there memory for --num-workers?"
         raise PackError(f"a checking process was killed; {reason}") from None
+    compare_fields(reports, fields, faults)
     compare_shards(reports, listed, total, faults)
     return reports
 
 
-def _check_in_parallel(tasks: Iterator[Task], num_workers: int) -> Iterator[Report]:
+def _check_in_parallel(tasks: Iterator[Task], num_workers: int) -> Iterator[Checked]:
     """Yield the report of each task, in order, from this process or from several."""
     if num_workers == 1:
         yield from map(check_shard, tasks)
@@ -154,23 +164,16 @@ def _first_keys(shard: str) -> list[str]:
 
 
 def compare_shards(
-    reports: Sequence[Report], listed: Sequence[Sample], total: int, faults: Faults
+    reports: Sequence[Checked], listed: Sequence[Sample], total: int, faults: Faults
 ) -> None:
-    """Note keys in two shards, differing fields, and what a source has that they have not."""
+    """Note keys in two shards, and what a source has that they have not."""
     places: dict[str, str] = {}
     for report in reports:
         name = os.path.basename(report.path)
         for key in report.keys:
             if key in places and places[key] != name:
-                faults["key in two shards"].append(f"{key!r} in {places[key]} and {name}")
+                faults.add("key in two shards", key, f"{key!r} in {places[key]} and {name}")
             places[key] = name
-    field_sets = Counter(fields for report in reports for fields in report.field_sets)
-    usual = field_sets.most_common(1)[0][0] if field_sets else ()
-    for report in reports:
-        for fields, key in report.field_sets.items():
-            if fields != usual:
-                detail = f"{os.path.basename(report.path)}: {key!r} has {', '.join(fields)}"
-                faults["fields differ from those of other samples"].append(detail)
     if not listed:
         return
     proved = {os.path.basename(report.path) for report in reports if report.proved}
@@ -180,13 +183,31 @@ def compare_shards(
             found = places.pop(sample.key, None)
             if home in proved:
                 if found:
-                    faults["key in two shards"].append(f"{sample.key!r} in {home} and {found}")
+                    text = f"{sample.key!r} in {home} and {found}"
+                    faults.add("key in two shards", sample.key, text)
             elif not found:
-                faults["missing sample"].append(f"{sample.key!r} of {home}")
+                faults.add("missing sample", sample.key, f"{sample.key!r} of {home}")
             elif found != home:
-                faults[MISPLACED].append(f"{sample.key!r} is in {found}, not {home}")
+                text = f"{sample.key!r} is in {found}, not {home}"
+                faults.add(MISPLACED, sample.key, text)
     for key, name in places.items():
-        faults["extra sample, not in the source"].append(f"{key!r} in {name}")
+        faults.add("extra sample, not in the source", key, f"{key!r} in {name}")
+
+
+def compare_fields(reports: Sequence[Checked], fields: Fields, faults: Faults) -> None:
+    """Note samples that have other fields than most, unless all are as `fields` says."""
+
+    def shape(found: tuple[str, ...]) -> tuple[str, ...] | Fields:
+        fit = fields.known().issuperset(found) and judge(found, fields)[0] is None
+        return fields if fit else found
+
+    shapes = Counter(shape(found) for report in reports for found in report.field_sets)
+    usual = shapes.most_common(1)[0][0] if shapes else ()
+    for report in reports:
+        for found, (_, key) in report.field_sets.items():
+            if shape(found) != usual:
+                text = f"{os.path.basename(report.path)}: {key!r} has {', '.join(found)}"
+                faults.add("fields differ from those of other samples", key, text)
 
 
 def identify(paths: Sequence[str]) -> list[tuple[int, int, int]]:
@@ -211,7 +232,7 @@ class Comparison(io.BytesIO):
         return len(data)
 
 
-def check_shard(task: Task) -> Report:
+def check_shard(task: Task) -> Checked:
     """Check one shard: as a whole, if the source says what it must be, or member by member."""
     with naming(task.path), open(task.path, "rb", buffering=1 << 16) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -219,28 +240,34 @@ def check_shard(task: Task) -> Report:
             try:
                 write_samples(Comparison(stream), task.source, task.samples)
                 if not stream.read(1):
-                    usual = {_fields(task.samples[0]): task.samples[0].key}
-                    return Report(task.path, size, (), len(task.samples), usual, (), proved=True)
+                    sets = Counter(map(_fields, task.samples))
+                    field_sets = {fields: (number, "") for fields, number in sets.items()}
+                    return Checked(
+                        task.path, size, (), len(task.samples), field_sets, (), proved=True
+                    )
             except Damaged:
                 stream.seek(0)
         return take_apart(task, stream, size)
 
 
-def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
+def take_apart(task: Task, stream: BinaryIO, size: int) -> Checked:
     """Read a shard member by member, and note what is wrong with it."""
-    faults: list[tuple[str, str]] = []
+    faults: list[Fault] = []
     keys: list[str] = []
-    field_sets: dict[tuple[str, ...], str] = {}
+    field_sets: dict[tuple[str, ...], tuple[int, str]] = {}
+    empty = 0
     expected = {sample.key: sample for sample in task.samples}
     current: set[str] = set()
     seen: set[str] = set()
+    shard = os.path.basename(task.path)
 
     def finish_sample() -> None:
         if keys:
-            field_sets.setdefault(tuple(sorted(current)), keys[-1])
-            sample = expected.get(keys[-1])
-            if sample and tuple(sorted(current)) != _fields(sample):
-                faults.append(("fields differ from the source", repr(keys[-1])))
+            found, key = tuple(sorted(current)), keys[-1]
+            field_sets[found] = field_sets.get(found, (0, ""))[0] + 1, key
+            sample = expected.get(key)
+            if sample and found != _fields(sample):
+                faults.append(("fields differ from the source", key, repr(key)))
         current.clear()
 
     sound = False
@@ -250,12 +277,12 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
             if field is not None and field.startswith("__"):
                 raise Damaged(f"member {name!r}, whose field is reserved")
             if key is None or field is None or RESERVED_FOLDER.match(name):
-                faults.append(("member that readers drop", repr(name)))
+                faults.append(("member that readers drop", name, repr(name)))
                 continue
             if not keys or key != keys[-1]:
                 finish_sample()
                 if key in seen:
-                    faults.append(("key occurs twice", repr(key)))
+                    faults.append(("key occurs twice", key, repr(key)))
                 seen.add(key)
                 keys.append(key)
             if field.lower() in current:
@@ -266,13 +293,14 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Report:
                 faults.extend(_compare_content(task.source, sample, member, stream, length))
             if task.decode:
                 faults.extend(_decode_content(member, stream, length))
+                empty += not length and _ending(member) in TEXTS
         sound = True
         if not keys:
-            faults.append(("empty shard", "which makes some readers fail"))
+            faults.append(("empty shard", shard, "which makes some readers fail"))
     except Damaged as error:
-        faults.append(("damaged", str(error)))
+        faults.append(("damaged", shard, str(error)))
     finish_sample()
-    return Report(task.path, size, keys, len(keys), field_sets, faults, sound)
+    return Checked(task.path, size, keys, len(keys), field_sets, faults, empty, sound)
 
 
 def _fields(sample: Sample) -> tuple[str, ...]:
@@ -281,7 +309,7 @@ def _fields(sample: Sample) -> tuple[str, ...]:
 
 def _compare_content(
     source: str | os.PathLike[str], sample: Sample, member: str, stream: BinaryIO, length: int
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[Fault]:
     """Yield what is wrong with a member's content, compared with its file; the stream stays."""
     if member not in sample.members():
         return
@@ -291,17 +319,36 @@ def _compare_content(
         pieces = iter(lambda: file.read(1 << 20), b"")
         left = length - os.fstat(file.fileno()).st_size
         if left or any(piece != stream.read(len(piece)) for piece in pieces):
-            yield "bytes differ from the source", repr(member)
+            yield "bytes differ from the source", member, repr(member)
         stream.seek(start)
 
 
-def _decode_content(member: str, stream: BinaryIO, length: int) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with a member that is an image."""
+# What webdataset's decoders make of fields (`webdataset/autodecode.py`), but for images.
+TEXTS = {"txt", "text", "transcript"}
+DECODERS: dict[str, Callable[[bytes], object]] = {
+    **dict.fromkeys(TEXTS, lambda data: data.decode("utf-8")),
+    **dict.fromkeys(("cls", "cls2", "index", "inx", "id"), int),
+    **dict.fromkeys(("json", "jsn"), json.loads),
+}
+
+
+def _ending(member: str) -> str:
+    return member.rpartition(".")[2]
+
+
+def _decode_content(member: str, stream: BinaryIO, length: int) -> Iterator[Fault]:
+    """Yield what is wrong with a member that webdataset decodes."""
     from sharding import images  # here: Pillow is needed for this alone
 
-    if images.is_image(member):
+    if decoder := DECODERS.get(_ending(member)):
+        try:
+            decoder(stream.read(length))
+        except (ValueError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"[:100]
+            yield "field that cannot be decoded", member, f"{member!r} ({reason})"
+    elif images.is_image(member):
         large = length > images.MAX_IMAGE
         data = b"" if large else stream.read(length)
         problem = "too large" if large else images.use_image(data, images.decode)[1]
         if problem:
-            yield "image that cannot be decoded", f"{member!r} ({problem})"
+            yield "image that cannot be decoded", member, f"{member!r} ({problem})"

@@ -55,8 +55,8 @@ def run_script(
     name: str | Path, *arguments: str | Path, **options
 ) -> subprocess.CompletedProcess[str]:
     """Run a script of the project, or at a path, as a user would, with this interpreter."""
-    path = str(ROOT / name)
-    command = [path] if path.endswith(".sh") else [sys.executable, path]
+    path, prefix = str(ROOT / name), options.pop("prefix", [])
+    command = [*prefix, path] if path.endswith(".sh") else [*prefix, sys.executable, path]
     environment = {**os.environ, "PYTHON": sys.executable, **options.pop("env", {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.run(

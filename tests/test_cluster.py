@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 import create_with_ray
 from sharding.errors import PackError
-from sharding.samples import list_samples
+from sharding.listing import list_samples
 from sharding.shards import Shard
 
 pack_on_node = create_with_ray.pack_on_node
@@ -160,6 +160,16 @@ def test_modules_of_a_submitted_job(source, expected, cluster, tmp_path) -> None
     assert hashes(tmp_path / "o") == expected
 
 
+def test_a_cluster_that_the_environment_names(source, expected, cluster, tmp_path) -> None:
+    flags = ["--source", source, "--output", tmp_path / "o"]
+    address = {"RAY_ADDRESS": cluster.address}
+    done = run_script("create_with_ray.py", *flags, env=address)
+    assert done.returncode == 2 and "--address needs --num-shards" in done.stderr
+    done = run_script("create_with_ray.py", *flags, f"--num-shards={SHARDS}", env=address)
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "o") == expected
+
+
 def test_losing_workers_and_a_node(source, expected, cluster, tmp_path, monkeypatch, capfd) -> None:
     """The last test on this cluster: it loses a node and three worker processes midway."""
 
@@ -186,10 +196,10 @@ def test_losing_workers_and_a_node(source, expected, cluster, tmp_path, monkeypa
 
 
 def test_a_running_cluster_is_not_joined(source, expected, cluster, tmp_path) -> None:
-    """A local run while a cluster is up, even one named in the environment, starts its own."""
+    """`--address local` while a cluster is up, and named in the environment, starts its own."""
     command = [sys.executable, ROOT / "create_with_ray.py", "--source", source, "--output"]
     process = subprocess.Popen(
-        [*map(str, command), str(tmp_path / "o"), f"--num-shards={SHARDS}"],
+        [*map(str, command), str(tmp_path / "o"), f"--num-shards={SHARDS}", "--address=local"],
         env={**os.environ, "RAY_ADDRESS": cluster.address},
         stdout=subprocess.PIPE,
         text=True,
@@ -211,7 +221,8 @@ def test_a_running_cluster_is_not_joined(source, expected, cluster, tmp_path) ->
 @pytest.mark.parametrize(
     ("flags", "message", "code"),
     [
-        (["--address=auto"], "--address needs --num-shards", 2),
+        (["--address=auto"], "--address needs --num-shards or --samples-per-shard", 2),
+        (["--address=ray://127.0.0.1:1", "--num-shards=2"], "Ray's client is not used here", 2),
         (["--address=127.0.0.1:1", "--num-shards=2"], "Connection refused", 1),
         (["--address=nonsense", "--num-shards=2"], "--address 'nonsense'", 1),
     ],

@@ -16,7 +16,8 @@ from conftest import hashes, members, run_script, write_pairs
 import create_webdataset as core
 from sharding import __main__ as steps
 from sharding.errors import InputError
-from sharding.samples import Listing, Sample, list_samples
+from sharding.listing import list_samples
+from sharding.samples import Sample
 from sharding.shards import shard_name
 
 
@@ -75,7 +76,7 @@ REFUSED = [
         [],
         "lack a field: 7 .'0.txt' has no .jpg, .* '4.txt' has no .jpg.; add it",
     ),
-    (files(*(f"{n}.txt" for n in range(7))), ["--skip-incomplete"], "no complete sample"),
+    (files("a.txt", "b.txt"), ["--skip-bad"], "no complete sample.*skipped: 2 incomplete"),
     (files("a.jpg", "b.txt", "d/a.txt"), [], "lack a field: 3"),
     (
         files("a.jpg", "a.txt", "a.jpg.d/x"),
@@ -85,7 +86,7 @@ REFUSED = [
     (
         files(*(f"{n}.{field}" for n in range(6) for field in ("jpeg", "txt"))),
         [],
-        r"lack a field: 6 .'0.txt' has no .jpg, .*; .jpeg files are there .6.: --fields jpeg,txt.$",
+        r"6 .'0.txt' has no .jpg, .*; .jpeg files are there .6.: --fields .jpeg,txt.[?];",
     ),
     (fifo, [], "lack a field: 1 .'a.jpg' is no regular file."),
     (dangling, [], "lack a field: 1 .'a.jpg' is no regular file."),
@@ -94,11 +95,15 @@ REFUSED = [
     (files("a.txt", "a.jpg/x"), [], "lack a field: 1 .'a.txt' has no .jpg."),
     (files("photo.2020.jpg", "photo.2020.txt"), [], "dot before the field.*'photo.2020.jpg'"),
     (files("a.jpg", "a.txt", "b/a.b.JPG"), [], "dot before the field.*'b/a.b.JPG'"),
-    (files("a.jpg.jpg", "a.txt"), [], "dot before the field"),
+    (files("a.jpg.jpg", "a.jpg", "a.txt"), [], "dot before the field"),
     (files("__a.jpg", "__a.txt"), [], "begin with __, .*'__a'"),
     (files("d/__a.jpg", "d/__a.txt"), [], "begin with __, .*'d/__a'"),
     (files("__d__/a.jpg", "__d__/a.txt"), [], "begin with __, .*'__d__/a'"),
-    (files("a.JPG", "a.jpg", "a.txt"), [], "key and field another has.*: 1 .'a.(jpg|JPG)'."),
+    (
+        files("a.JPG", "a.jpg", "a.txt"),
+        [],
+        "another has.*: 1 .'a.(JPG|jpg)' and 'a.(JPG|jpg)'.",
+    ),
     (files("a.jpg", "a.txt", "b\udcff.jpg", "b\udcff.txt"), [], "not UTF-8"),
     (files("d\udcff/a.jpg", "d\udcff/a.txt"), [], "not UTF-8"),
     (files("d.e\nf/a.jpg", "d.e\nf/a.txt"), [], r"hold a newline: 1 .'d.e\\nf/a'."),
@@ -155,16 +160,6 @@ def test_a_call_with_a_wrong_number_of_shards(total: int, tmp_path: Path) -> Non
     source = write_pairs(tmp_path / "source", 2)
     with pytest.raises(InputError, match="choose a number"):
         core.create_webdataset(source, tmp_path / "output", 0, total)
-    assert not (tmp_path / "output").exists()
-
-
-def test_unreadable_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root reads everything")
-    source = write_pairs(tmp_path / "source", 2)
-    (source / "d").mkdir(mode=0)
-    assert pack(source, tmp_path / "output") == 2
-    assert "Permission denied" in capfd.readouterr().err
     assert not (tmp_path / "output").exists()
 
 
@@ -290,16 +285,19 @@ def test_same_bytes_as_webdataset(source_1003: Path, tmp_path: Path) -> None:
 def test_fields_and_incomplete(tmp_path: Path) -> None:
     source = tmp_path / "source"
     touch(source, "a.seg.PNG", "a.json", "b.json", "c.seg.png", "c.json", "d.txt")
-    assert pack(source, tmp_path / "o", "--fields", "seg.png,json", "--skip-incomplete") == 0
+    assert pack(source, tmp_path / "o", "--fields", "seg.png,json", "--skip-bad") == 0
     assert list(members(tmp_path / "o" / "shard-000000.tar")) == [
         "a.json",
         "a.seg.png",
         "c.json",
         "c.seg.png",
     ]
-    assert list_samples(source, ("json", "seg.png"), True) == Listing(
-        [Sample("a", "a", ("json", "seg.PNG")), Sample("c", "c", ("json", "seg.png"))], 1, 1
-    )
+    listing = list_samples(source, ("json", "seg.png"), skip_bad=True)
+    assert listing.samples == [
+        Sample("a", "a", ("json", "seg.PNG")),
+        Sample("c", "c", ("json", "seg.png")),
+    ]
+    assert (listing.skipped, listing.ignored) == ({"incomplete": 1}, {".txt": 1})
 
 
 def test_links_to_files_are_files(tmp_path: Path) -> None:
@@ -307,7 +305,6 @@ def test_links_to_files_are_files(tmp_path: Path) -> None:
     touch(source, "a.txt", "d/b.txt", "d/b.jpg")
     touch(elsewhere, "picture")
     (source / "a.jpg").symlink_to(elsewhere / "picture")
-    (source / "linked").symlink_to(source / "d")
     assert pack(source, tmp_path / "o") == 0
     content = members(tmp_path / "o" / "shard-000000.tar")
     assert list(content) == ["a.jpg", "a.txt", "d/b.jpg", "d/b.txt"]

@@ -23,10 +23,7 @@ import create_with_ray
 from sharding.folder import staged_shards
 from sharding.shards import shard_name
 
-SUMMARY = (
-    r"1,003 samples in 5 shards, [\d,]+ bytes \(mean [\d,]+, largest [\d,]+\) in [\d.]+ s; "
-    r"0 names ignored, 0 incomplete samples skipped"
-)
+SUMMARY = r"1,003 samples in 5 shards, [\d,]+ bytes \(mean [\d,]+, largest [\d,]+\) in [\d.]+ s"
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +123,10 @@ def test_most_samples_dropped(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 8)
     for number in range(187):
         (source / f"more-{number}.txt").touch()
-    flags = ["--source", source, "--output", tmp_path / "o", "--skip-incomplete"]
+    flags = ["--source", source, "--output", tmp_path / "o", "--skip-bad"]
     done = run_script("run_parallel.sh", *flags, "--num-shards=1")
     assert done.returncode == 0, done.stderr
-    assert "warning: 8 of 195 samples are complete; are the fields right?" in done.stderr
+    assert "warning: 8 samples are left beside 187 bad names; are the fields right?" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["new\nline", "a#b?c;d", "run:1", "{0..3}", "'\"$(x)`y`", "--o"])
@@ -226,6 +223,21 @@ def test_help(script: str) -> None:
     assert done.returncode == 0
     for flag in ("source", "output", "num-workers", "num-shards", "resume", "fields", "shuffle"):
         assert f"--{flag}" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+def test_samples_per_shard(script: str, tmp_path: Path) -> None:
+    source, output = write_pairs(tmp_path / "source", 10), tmp_path / "o"
+    flags = ["--source", source, "--output", output, "--samples-per-shard=3"]
+    both = run_script(script, *flags, "--num-shards=2")
+    assert both.returncode == 2 and "give one of them" in both.stderr and not output.exists()
+    done = run_script(script, *flags)
+    assert done.returncode == 0 and "10 samples in 4 shards" in done.stdout, done
+    assert run_script("run_parallel.sh", *flags[:4], "--num-shards=4").returncode == 0
+    assert (
+        "10 samples in 1 shard,"
+        in run_script("run_parallel.sh", *flags[:4], "--samples-per-shard=99").stdout
+    )
 
 
 def test_an_array_job(packed_by_bash: Path, source_1003: Path, tmp_path: Path) -> None:

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, hashes, members, run_script, write_pairs
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import create_webdataset as core
 import read_webdataset
 from sharding import folder
 from sharding.errors import PackError, explain
+from sharding.listing import list_samples
 from sharding.plan import PLAN, Plan
 from sharding.run import Run, finish, pack
 from sharding.run import start as start_run
@@ -160,7 +159,9 @@ def test_kill_in_the_middle_of_publishing(
                 left[0] -= 1
             rename(source, target)
 
-        run, _ = start_run(source=source, output=output, total_shards=SHARDS, driver=os.getpid())
+        run, _ = start_run(
+            list_samples(source), output=output, total_shards=SHARDS, driver=os.getpid()
+        )
         for shard_id in range(SHARDS):
             pack(run, shard_id)
         os.rename = rename_or_die
@@ -197,7 +198,7 @@ def test_resume_after_changes(tmp_path: Path) -> None:
     (source / "sample-9.jpg").write_bytes(b"mended")
     for more, what in (
         (["--num-shards=5"], "number of shards"),
-        (["--shuffle=3"], "samples, or --shuffle"),
+        (["--shuffle=3"], "samples, or flags that"),
         (["--fields=jpg"], "--fields"),
     ):
         shutil.copytree(output, tmp_path / "copy", symlinks=True)
@@ -218,7 +219,9 @@ def test_resume_after_changes(tmp_path: Path) -> None:
     for shard_id, how in expected.items():
         assert f"Shard {shard_id} {how} with 10 samples." in lines, lines
     again = run_script("run_parallel.sh", *base, "--resume")
-    assert "no interrupted run to resume" in again.stderr and again.stdout.count("created with") == 4
+    assert (
+        "no interrupted run to resume" in again.stderr and again.stdout.count("created with") == 4
+    )
     content: dict[str, bytes] = {}
     for shard_id in range(4):
         content |= members(output / shard_name(shard_id))
@@ -240,7 +243,7 @@ def test_a_resume_that_fails_at_its_start_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
-    run = Run(str(tmp_path), Plan("", (), 1_000, 1_000, 0, 0, 0.0, "", 0))
+    run = Run(str(tmp_path), Plan("", "", 1_000, 1_000, {}, {}, 0.0, "", 0))
     with pytest.raises(PackError, match=r"1,000 shards \(0, 1, 2, 3, 4, \.\.\.\).*--resume"):
         finish(run)
 
@@ -250,7 +253,9 @@ def test_a_worker_whose_driver_died_first_packs_nothing(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 2)
     with subprocess.Popen("true") as dead:
         pass
-    run, lock = start_run(source=source, output=tmp_path / "o", total_shards=2, driver=dead.pid)
+    run, lock = start_run(
+        list_samples(source), output=tmp_path / "o", total_shards=2, driver=dead.pid
+    )
     os.close(lock)
     done = run_script("create_webdataset.py", "--run", run.folder, "--shard-id=0")
     assert (done.returncode, done.stdout) == (1, ""), done
@@ -408,7 +413,7 @@ def test_synced_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         os, "unlink", lambda p, **o: (calls.append(f"drop {os.path.basename(p)}"), unlink(p, **o))
     )
-    run, _ = start_run(source=source, output=tmp_path / "out", total_shards=1)
+    run, _ = start_run(list_samples(source), output=tmp_path / "out", total_shards=1)
     pack(run, 0)
     finish(run)
     assert calls[:7] == [
@@ -420,81 +425,6 @@ def test_synced_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "sync out",
         "drop publishing",
     ]
-
-
-KINDS = st.sampled_from(["file"] * 8 + ["folder", "fifo", "link", "dangling", "circle", "deep"])
-STEMS = st.one_of(
-    st.text("ab.J_-", max_size=6).map(str.encode),
-    st.binary(max_size=8),
-    st.sampled_from([b"__a__", b"__init", b".hidden", b"a.b", b"new\nline", b"CON", b"\xff\xfe"]),
-    st.integers(0, 20).map(lambda number: b"sample-%d" % number),
-)
-ENDINGS = st.sampled_from([b".jpg", b".txt", b".JPG", b".Txt", b"", b".json", b".jpg.txt", b"."])
-
-
-def place(source: bytes, kind: str, name: bytes) -> None:
-    """Put one generated name into the source, whatever it is to be."""
-    path = os.path.join(source, name)
-    if kind == "deep":
-        os.makedirs(os.path.join(source, name[:3] or b"d"), exist_ok=True)
-        path, kind = os.path.join(source, name[:3] or b"d", name), "file"
-    if kind == "file":
-        with open(path, "xb") as stream:
-            stream.write(name)
-    elif kind == "folder":
-        os.mkdir(path)
-    elif kind == "fifo":
-        os.mkfifo(path)
-    else:
-        target = {"link": sys.executable.encode(), "dangling": b"nowhere", "circle": path}[kind]
-        os.symlink(target, path)
-
-
-@given(st.lists(st.tuples(KINDS, STEMS, ENDINGS), min_size=1, max_size=40), st.booleans())
-@settings(
-    max_examples=10_000 // 40 if SOAK else 60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-def test_any_names(tmp_path_factory, entries, skip_incomplete: bool) -> None:
-    """A clean refusal with nothing written, or a dataset with every sample exactly once."""
-    root = tmp_path_factory.mktemp("n")
-    source = os.fsencode(root / "source")
-    os.mkdir(source)
-    for kind, stem, ending in entries:
-        name = stem.replace(b"/", b"~").replace(b"\0", b"0") + ending
-        try:
-            place(source, kind, name)
-        except OSError:
-            continue  # the name is taken, or is no name
-    flags = ["--source", os.fsdecode(source), "--output", str(root / "o"), "--shard-id=0"]
-    more = ["--skip-incomplete"] if skip_incomplete else []
-    code = core.main([*flags, "--total-shards=1", *more])
-    assert code in (0, 2)
-    if code == 2:
-        assert not (root / "o").exists()
-    else:
-        expected: dict[str, bytes] = {}
-        for path, _, names in os.walk(source):
-            relative = os.path.relpath(path, source)
-            if b"/." in b"/" + relative.removeprefix(b"."):
-                continue
-            for name in names:
-                stem, _, extension = name.partition(b".")
-                field = extension.lower()
-                if field not in (b"jpg", b"txt") or not os.path.isfile(os.path.join(path, name)):
-                    continue
-                key = stem if relative == b"." else relative + b"/" + stem
-                with open(os.path.join(path, name), "rb") as stream:
-                    expected[f"{key.decode()}.{field.decode()}"] = stream.read()
-        whole = {
-            name: data
-            for name, data in expected.items()
-            if {f"{name[:-4]}.jpg", f"{name[:-4]}.txt"} <= expected.keys()
-        }
-        assert skip_incomplete or whole == expected
-        assert members(root / "o" / "shard-000000.tar") == whole
-    shutil.rmtree(root, ignore_errors=True)
 
 
 def home(place: Path) -> Path:
@@ -576,3 +506,43 @@ def test_direct_packing_clears_its_own_leftovers(tmp_path: Path) -> None:
         ".shard-000001-01234567",
         "shard-000000.tar",
     ]
+
+
+@pytest.fixture(scope="module")
+def preload(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A library that plays file systems which lack a call."""
+    library = tmp_path_factory.mktemp("preload") / "no_locks.so"
+    compiler = shutil.which("cc")
+    if not compiler or sys.platform != "linux":
+        pytest.skip("needs a C compiler, and Linux")
+    source = Path(__file__).with_name("no_locks.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    return str(library)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(driver: str, number: int, preload: str, tmp_path) -> None:
+    if driver == "create_with_ray.py" and number != errno.ENOLCK:
+        pytest.skip("one start of Ray will do")
+    source = write_pairs(tmp_path / "source", 8)
+    environment = {"LD_PRELOAD": preload, "FLOCK_ERRNO": str(number)}
+    done = run_script(driver, *flags(source, tmp_path / "o"), env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1 and "two runs would not see each other" in done.stderr
+    assert len(os.listdir(tmp_path / "o")) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_a_folder(number: int, preload: str, tmp_path) -> None:
+    source = write_pairs(tmp_path / "source", 8)
+    environment = {"LD_PRELOAD": preload, "FSYNC_ERRNO": str(number)}
+    done = run_script("run_parallel.sh", *flags(source, tmp_path / "o"), env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(os.listdir(tmp_path / "o")) == 2
+    direct = ["--source", source, "--output", tmp_path / "o", "--shard-id=0", "--total-shards=2"]
+    done = run_script("create_webdataset.py", *direct, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    environment["FSYNC_ERRNO"] = str(errno.EIO)
+    done = run_script("run_parallel.sh", *flags(source, tmp_path / "p"), env=environment)
+    assert done.returncode == 1 and "Input/output error" in done.stderr

@@ -19,7 +19,7 @@ from conftest import ROOT, members, write_pairs
 from create_webdataset import create_webdataset
 from sharding import files
 from sharding.errors import PackError
-from sharding.samples import list_samples
+from sharding.listing import list_samples
 from sharding.shards import write_shard
 
 

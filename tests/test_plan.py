@@ -24,7 +24,7 @@ SAMPLES = st.builds(
 
 
 def plan_of(samples: list[Sample], total: int = 3) -> Plan:
-    return Plan("a\nb", ("jpg",), total, len(samples), 0, 0, 0.5, "host", 7)
+    return Plan("a\nb", "jpg", total, len(samples), {}, {".x": 2}, 0.5, "host", 7)
 
 
 @given(st.lists(SAMPLES, min_size=1, max_size=20), st.integers(1, 4))

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from sharding import samples
+from sharding import listing
 from sharding.errors import InputError
-from sharding.samples import DUPLICATE, INCOMPLETE, judge, list_samples, parse_fields, split_name
+from sharding.faults import ALTERNATIVES, DOUBLED, INCOMPLETE
+from sharding.listing import list_samples
+from sharding.samples import judge, parse_fields, split_name
 
 
 @given(st.one_of(st.text(), st.text("a./\n_", max_size=9)))
@@ -23,7 +25,7 @@ def test_names_are_split_as_webdataset_splits_them(name: str) -> None:
 
 @pytest.mark.parametrize("fields", ["jpg,txt", "TXT,jpg", ("txt", "jpg"), ["JPG", "txt"]])
 def test_fields_as_a_caller_gives_them(fields, tmp_path: Path) -> None:
-    assert parse_fields(fields) == ("jpg", "txt")
+    assert parse_fields(fields).required == (("jpg",), ("txt",))
     assert len(list_samples(write_pairs(tmp_path, 3), fields).samples) == 3
 
 
@@ -34,26 +36,30 @@ def test_one_field_is_no_list_of_letters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extensions", "verdict"),
     [
-        (("jpg", "txt"), ("", ())),
-        (("JPG", "Txt"), ("", ())),
+        (("jpg", "txt"), (None, ())),
+        (("PNG", "Txt"), (None, ())),
+        (("json", "png", "txt"), (None, ())),
         (("jpg",), (INCOMPLETE, ("txt",))),
-        ((), (INCOMPLETE, ("jpg", "txt"))),
-        (("JPG", "jpg", "txt"), (DUPLICATE, ("jpg",))),
-        (("JPG", "jpg"), (DUPLICATE, ("jpg",))),
+        (("txt",), (INCOMPLETE, ("jpg;png",))),
+        ((), (INCOMPLETE, ("jpg;png", "txt"))),
+        (("jpg", "png", "txt"), (ALTERNATIVES, ("jpg", "png"))),
+        (("JPG", "jpg", "txt"), (DOUBLED, ("jpg",))),
+        (("JPG", "jpg"), (DOUBLED, ("jpg",))),
     ],
 )
 def test_what_is_wrong_with_a_stem(extensions, verdict) -> None:
-    assert judge(extensions, ("jpg", "txt")) == verdict
+    assert judge(extensions, parse_fields("png;jpg,txt", "json")) == verdict
 
 
 def test_the_table_of_extensions_stays_small(tmp_path: Path, monkeypatch) -> None:
     """As with millions of `name.<number>`."""
-    monkeypatch.setattr(samples, "MAX_GROWN", 10)
+    monkeypatch.setattr(listing, "MAX_GROWN", 10)
     write_pairs(tmp_path, 5)
     for number in range(100):
         (tmp_path / f"note.{number}").touch()
-    listing = list_samples(tmp_path)
-    assert (len(listing.samples), listing.ignored) == (5, 100)
+    found = list_samples(tmp_path)
+    assert len(found.samples) == 5 and sum(found.ignored.values()) == 100
+    assert len(found.ignored) == 12 and found.ignored["of other extensions"] == 89
 
 
 def test_shuffle_is_a_permutation_that_the_seed_decides(source_1003: Path) -> None:

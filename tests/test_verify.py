@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import shutil
@@ -130,12 +131,12 @@ def test_an_empty_shard_too_many(tmp_path: Path, capfd: pytest.CaptureFixture[st
 def test_shuffled_and_skipped(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = write_pairs(tmp_path / "source", 20)
     (source / "more.txt").touch()
-    flags = ["--skip-incomplete", "--shuffle=5"]
+    flags = ["--skip-bad", "--shuffle=5"]
     base = ["--source", str(source), "--output", str(tmp_path / "o"), "--shard-id=0"]
     assert core.main([*base, "--total-shards=3", "--shard-step=1", *flags]) == 0
     capfd.readouterr()
     assert check(tmp_path / "o", capfd, "--source", source, *flags)[0] == 0
-    code, err = check(tmp_path / "o", capfd, "--source", source, "--skip-incomplete")
+    code, err = check(tmp_path / "o", capfd, "--source", source, "--skip-bad")
     assert code == 1 and "another shard than" in err
     assert reader.main(["--path", str(tmp_path / "o"), "--source", str(source)]) == 2
 
@@ -446,6 +447,65 @@ def test_decode_and_preview(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         assert not out and "--preview" in err and err.count("\n") == 1, err
 
 
+def test_what_training_could_not_decode(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Texts, JSON and numbers, as webdataset's own decoders read them."""
+    good = {"txt": "né".encode(), "json": b"[1]", "cls": b" 7\n"}
+    bad = {
+        "cp1252": {"txt": "né".encode("cp1252")},
+        "utf16": {"txt": "né".encode("utf-16")},
+        "broken": {"json": b'{"a": '},
+        "deep": {"json": b"[" * 100_000},
+        "word": {"cls": b"seven"},
+    }
+    source, output = tmp_path / "source", tmp_path / "o"
+    source.mkdir()
+    for key, fields in {"good": {}, "empty": {"txt": b""}, **bad}.items():
+        for field, data in {**good, **fields}.items():
+            (source / f"{key}.{field}").write_bytes(data)
+    core.create_webdataset(source, output, 0, 1, "txt,json,cls")
+    report = tmp_path / "report"
+    code, err = check(output, capfd, "--decode", "--report", report)
+    assert code == 1 and err.count("field that cannot be decoded") == len(bad), err
+    read = [json.loads(line) for line in report.read_text().splitlines()]
+    names = {f"{key}.{field}" for key, fields in bad.items() for field in fields}
+    assert {line["name"] for line in read} == names
+    dataset = wds.WebDataset([str(output / "shard-000000.tar")], shardshuffle=False)
+    for sample in dataset:
+        fields = [field for field in good if f"{sample['__key__']}.{field}" in names]
+        for field in good:
+            try:
+                wds.autodecode.basichandlers(field, sample[field])
+            except (ValueError, RecursionError):
+                assert field in fields
+            else:
+                assert field not in fields
+    for key in bad:
+        for path in source.glob(f"{key}.*"):
+            path.unlink()
+    core.create_webdataset(source, output, 0, 1, "txt,json,cls")
+    assert reader.main(["--path", str(output), "--decode", "--quiet"]) == 0
+    assert capfd.readouterr().out.endswith(": OK; 1 empty text\n")
+
+
+def test_a_report_names_every_fault(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Twelve broken images: all in the report, and what it names can be left out of the source."""
+    source, output, report = tmp_path / "source", tmp_path / "o", tmp_path / "report"
+    write_pairs(source, 12)
+    for number in range(12, 20):
+        (source / f"sample-{number}.jpg").write_bytes(jpeg(9, 9))
+        (source / f"sample-{number}.txt").touch()
+    core.create_webdataset(source, output, 0, 1)
+    code, err = check(output, capfd, "--decode", "--report", report)
+    images = [line for line in err.splitlines() if line.startswith("image that cannot be decoded")]
+    assert code == 1 and len(images) == 6 and images[-1].endswith("and 7 more")
+    for line in map(json.loads, report.read_text().splitlines()):
+        if line["reason"] == "image that cannot be decoded":
+            (source / line["name"]).unlink()
+    core.create_webdataset(source, output, 0, 1, skip_bad=True)
+    assert reader.main(["--path", str(output), "--decode", "--quiet"]) == 0
+    assert "8 samples" in capfd.readouterr().out
+
+
 @pytest.mark.filterwarnings("error")
 def test_images_that_pillow_warns_of(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Damaged EXIF data, and transparency in a palette, are no faults, and cost no lines."""
@@ -483,5 +543,6 @@ def test_paths_are_never_run(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     for path in (f"pipe:touch {tmp_path}/ran", "http://127.0.0.1:9/x", "{a,b}", "-"):
         assert reader.main(["--path", path] if path != "-" else ["--path=-"]) == 2
-        assert "No such file" in capfd.readouterr().err
+        said = capfd.readouterr().err
+        assert ("URLs are not supported" if "//1" in path else "No such file") in said
     assert not os.listdir(tmp_path)

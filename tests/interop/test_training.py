@@ -161,7 +161,7 @@ def test_training(packed: Path, decode: str) -> None:
 def test_the_loop_of_the_readme(tmp_path: Path) -> None:
     """It runs as it stands, on the sample data."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (loop,) = re.findall(r"```python\n(import torch\n.*?)```", readme, re.DOTALL)
+    (loop,) = re.findall(r"```python\n(import torch .*?)```", readme, re.DOTALL)
     (tmp_path / "train.py").write_text(loop, encoding="utf-8")
     made = run_script("make_dummy_data.sh", "64", tmp_path / "source")
     assert made.returncode == 0, made.stderr

@@ -1,0 +1,125 @@
+"""What is wrong with names or left out, by kind: counts, the first names, and the report of all.
+
+In come names one by one, while a source is listed or shards are checked; they are counted and
+written to the report at once, so that a million of them cost no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TextIO
+
+from sharding.errors import InputError, argument, count
+
+SHOWN = 5  # names of a kind that are shown
+LISTED = 10  # kinds that a summary names
+
+
+class Kind(NamedTuple):
+    """A reason to refuse a name."""
+
+    reason: str  # in summaries and in the report
+    what: str
+    cure: str
+
+
+INCOMPLETE = Kind(
+    "incomplete",
+    "samples that lack a field",
+    f"add it, or give other {argument('fields')} or {argument('optional_fields')}",
+)
+DOUBLED = Kind(
+    "doubled", "files whose key and field another has, in upper or lower case", "rename them"
+)
+ALTERNATIVES = Kind(
+    "two alternatives", "samples with two alternatives of one field", "remove one of them"
+)
+DOTTED = Kind(
+    "dotted",
+    "names with a dot before the field, which readers take for another key",
+    f"rename them, or give {argument('replace_dots')} _",
+)
+MEETING = Kind(
+    "meeting", "names whose keys meet once their dots are replaced", "rename one of them"
+)
+RESERVED = Kind("reserved", "names that begin with __, which readers drop", "rename them")
+BAD_NAME = Kind(
+    "unreadable name", "names that are not UTF-8, or that hold a newline", "rename them"
+)
+CIRCLE = Kind("circle", "folders that are links to a folder they lie in", "remove the link")
+DENIED = Kind("permission denied", "names that may not be read", "change their mode or owner")
+
+
+class Report:
+    """The report that `--report` asks for: JSON Lines, an object for each name.
+
+    Each is {"name": below the source or in the shards, "reason": its kind, "detail": what is
+    special about this name}.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream
+
+    def add(self, name: str, reason: str, detail: str = "") -> None:
+        """Write a line."""
+        if self.stream:
+            line = json.dumps({"name": name, "reason": reason, "detail": detail})
+            self.stream.write(line + "\n")
+
+
+@contextlib.contextmanager
+def open_report(path: str | None, *folders: str | os.PathLike[str] | None) -> Iterator[Report]:
+    """Open a report for writing; without a path, one that keeps nothing.
+
+    Raises:
+        InputError: it lies in one of these folders, where it would be taken for data.
+    """
+    if path is None:
+        yield Report()
+        return
+    parent = os.path.realpath(os.path.dirname(path))
+    for folder in folders:
+        real = os.path.realpath(folder or os.curdir)
+        if folder is not None and os.path.commonpath([parent, real]) == real:
+            message = f"{argument('report')} {path!r} is inside {os.fspath(folder)!r}"
+            raise InputError(f"{message}; choose a place elsewhere")
+    with open(path, "w", encoding="utf-8") as stream:
+        yield Report(stream)
+
+
+class Tally:
+    """How many names are of a kind, and the first few of them in order."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.names: list[str] = []
+
+    def add(self, name: str) -> None:
+        """Count a name."""
+        self.number += 1
+        self.names.append(name)
+        if len(self.names) > 1_000:
+            self.names = self.first()
+
+    def first(self) -> list[str]:
+        """Return the first names."""
+        return sorted(self.names)[:SHOWN]
+
+
+def quote(name: str) -> str:
+    """Return the end of a name as it is shown in a message."""
+    return repr(name[-100:])
+
+
+def left_out(what: str, numbers: Mapping[str, int]) -> str:
+    """Return '; ignored: 5 .caption, 5 .png', the largest number first, or nothing."""
+    if not numbers:
+        return ""
+    ranked = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{number:,} {name}" for name, number in ranked[:LISTED]]
+    if rest := sum(number for _, number in ranked[LISTED:]):
+        parts[-1] += f" and {count(rest, 'other')}"
+    return f"; {what}: {', '.join(parts)}"

@@ -1,0 +1,320 @@
+"""Listing a source: from a folder of files to samples in the order in which they are dealt.
+
+Every name is a part of a sample, refused, or ignored, and in the last two cases counted by kind.
+Opens no file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import sys
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import NamedTuple
+
+from sharding import faults
+from sharding.errors import InputError, argument, explain, refuse_url, warn
+from sharding.faults import Kind, Report, Tally, quote
+from sharding.samples import Fields, Sample, judge, name_fault, parse_fields
+
+MAX_GROWN = 100_000  # entries of a table that only saves time
+
+
+class Listing(NamedTuple):
+    """What a source holds."""
+
+    started: float  # seconds since the epoch
+    source: str
+    fields: Fields
+    samples: list[Sample]  # in the order in which they are dealt to the shards
+    ignored: dict[str, int]  # names that are no part of a sample: extension -> how many
+    skipped: dict[str, int]  # what `skip_bad` dropped: reason -> how many
+
+
+def list_samples(
+    source: str | os.PathLike[str],
+    fields: str | Iterable[str] = ("jpg", "txt"),
+    *,
+    optional_fields: str | Iterable[str] = (),
+    replace_dots: str | None = None,
+    skip_bad: bool = False,
+    shuffle: int | None = None,
+    report: Report | None = None,
+) -> Listing:
+    """List a source, check all of it, and put its samples into the order of the shards.
+
+    Args:
+        source: the folder, listed recursively, links to folders included, without hidden names.
+        fields, optional_fields: see `parse_fields`.
+        replace_dots: a character; a file's field is then the longest known one that its name ends
+            with, and each dot in front of it becomes this character in the key.
+        skip_bad: drop and count what would be refused.
+        shuffle: order samples by a hash of this seed and the key, instead of by key.
+        report: takes every name that is left out or refused.
+
+    Raises:
+        InputError: the source cannot be read, or readers would lose or merge some of its samples.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        raise InputError("file names must be read as UTF-8 to give the same keys; set PYTHONUTF8=1")
+    started = time.time()
+    refuse_url("source", source)
+    if replace_dots is not None and not re.fullmatch(r"[^\s./\\\0]", replace_dots):
+        raise InputError(f"{argument('replace_dots')} takes one character, such as _")
+    scan = _Scan(os.fspath(source), parse_fields(fields, optional_fields), replace_dots, report)
+    scan.skip_bad = skip_bad
+    while scan.folders:
+        scan.list_folder(*scan.folders.pop())
+    skipped = {kind.reason: tally.number for kind, tally in scan.tallies.items()}
+    if not skip_bad or not scan.samples:
+        scan.refuse(skip_bad)
+    if skip_bad and sum(skipped.values()) > len(scan.samples):
+        names = f"{sum(skipped.values()):,} bad names"
+        warn(f"{len(scan.samples):,} samples are left beside {names}; are the fields right?")
+    order = attrgetter("key") if shuffle is None else functools.partial(_shuffle_rank, shuffle)
+    scan.samples.sort(key=order)
+    return Listing(started, scan.source, scan.fields, scan.samples, dict(scan.ignored), skipped)
+
+
+class _Scan:
+    """What has been found so far in a source, and what is still to be listed."""
+
+    def __init__(
+        self, source: str, fields: Fields, replace_dots: str | None, report: Report | None
+    ) -> None:
+        self.source = source
+        self.fields = fields
+        self.known = fields.known()
+        self.endings = tuple(f".{field}" for field in self.known)
+        self.replace_dots = replace_dots
+        self.report = report or Report()
+        self.skip_bad = False
+        # To be listed: "" or "cats/" below source, and what tells it and its parents from others.
+        self.folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+        self.samples: list[Sample] = []
+        self.tallies: dict[Kind, Tally] = defaultdict(Tally)
+        self.ignored: Counter[str] = Counter()  # by extension
+        self.lacking: Counter[str] = Counter()  # fields that samples lack
+        self.irregular: dict[str, list[str]] = defaultdict(list)  # stem -> names that are no files
+        self.forms: dict[str, str] = {}  # NFC form of an incomplete key -> the key
+        self.same_form: tuple[str, str] | None = None  # two of these that look the same
+        # (extensions of a stem, one more) -> all of them, or None where the one is no field
+        self.grown: dict[tuple[tuple[str, ...], str], tuple[str, ...] | None] = {}
+        self.tuples: dict[tuple[str, ...], tuple[str, ...]] = {}  # one for all equal ones
+        self.verdicts: dict[tuple[str, ...], tuple[Kind | None, tuple[str, ...]]] = {}
+
+    def list_folder(self, prefix: str, parents: tuple[tuple[int, int], ...]) -> None:
+        """List the folder at `prefix`; note the folders within it for later."""
+        held: dict[str, tuple[str, ...]] = {}  # stem -> the extensions that are fields
+        grown, dots = self.grown, self.replace_dots  # the loop sees each file of a dataset
+        folder = os.path.join(self.source, prefix[:-1]) if prefix else self.source
+        try:
+            status = os.stat(folder)
+            itself = status.st_dev, status.st_ino
+            if itself in parents:
+                self.fault(faults.CIRCLE, prefix[:-1])
+                return
+            entries = os.scandir(folder)
+        except OSError as error:
+            if not prefix or not isinstance(error, PermissionError):
+                message = f"{argument('source')} cannot be listed: {explain(error)}"
+                raise InputError(message) from None
+            self.fault(faults.DENIED, prefix[:-1])
+            return
+        with entries:
+            for entry in entries:
+                name = entry.name
+                if name[0] == ".":
+                    continue
+                if not entry.is_file(follow_symlinks=False):
+                    if entry.is_dir(follow_symlinks=False) or os.path.isdir(entry.path):
+                        self.folders.append((f"{prefix}{name}/", (*parents, itself)))
+                        continue
+                    if not os.path.isfile(entry.path):  # nor a link to one
+                        self.note_irregular(prefix, held, name)
+                        continue
+                if dots is None:
+                    stem, _, extension = name.partition(".")
+                else:
+                    stem, extension = self.split_at_field(name)
+                before = held.get(stem, ())
+                try:
+                    after = grown[before, extension]
+                except KeyError:
+                    after = self.grow(before, extension)
+                if after is None:
+                    self.note_ignored(prefix, name)
+                else:
+                    held[stem] = after
+        self.add_samples(prefix, held)
+
+    def split_at_field(self, name: str) -> tuple[str, str]:
+        """Return stem and extension of a file whose stem may hold dots."""
+        place = name.find(".")
+        while place > 0:
+            if name[place + 1 :].lower() in self.known:
+                return name[:place], name[place + 1 :]
+            place = name.find(".", place + 1)
+        return name, ""
+
+    def grow(self, before: tuple[str, ...], extension: str) -> tuple[str, ...] | None:
+        """Return the extensions of a stem together with one more, if that is a field."""
+        after = None
+        if extension.lower() in self.known:
+            after = tuple(sorted((*before, extension), key=str.lower))
+            after = self.tuples.setdefault(after, after)
+        if len(self.grown) > MAX_GROWN:  # as with millions of `name.<number>`
+            self.grown.clear()
+        self.grown[before, extension] = after
+        return after
+
+    def note_irregular(self, prefix: str, held: dict[str, tuple[str, ...]], name: str) -> None:
+        """Note a name that is no file: a field of that name is lacking."""
+        stem, _, extension = name.partition(".")
+        if self.replace_dots is not None:
+            stem, extension = self.split_at_field(name)
+        if extension.lower() in self.known:
+            held.setdefault(stem, ())
+            self.irregular[prefix + stem].append(prefix + name)
+        else:
+            self.ignore(prefix + name, "not a regular file")
+
+    def note_ignored(self, prefix: str, name: str) -> None:
+        """Note a file that is no part of a sample."""
+        if name.lower().endswith(self.endings):
+            self.fault(faults.DOTTED, prefix + name)
+        else:
+            self.ignore(prefix + name, name[name.rindex(".") :] if "." in name else "")
+
+    def ignore(self, name: str, what: str) -> None:
+        """Note a name that is left alone."""
+        what = what or "without extension"
+        if what not in self.ignored and len(self.ignored) > MAX_GROWN:
+            what = "of other extensions"
+        self.ignored[what] += 1
+        self.report.add(name, "ignored", what)
+
+    def add_samples(self, prefix: str, held: dict[str, tuple[str, ...]]) -> None:
+        """Note the complete samples of a folder, and what is wrong with the others."""
+        plain_prefix = not name_fault(prefix, "")
+        dotted = self.replace_dots is not None and self.keys_with_dots(held)
+        for stem, extensions in held.items():
+            key, name = prefix + stem, stem
+            if dotted and "." in stem:
+                name = stem.replace(".", self.replace_dots or "")
+                key = prefix + name
+            try:
+                kind, which = self.verdicts[extensions]
+            except KeyError:
+                kind, which = self.verdicts[extensions] = judge(extensions, self.fields)
+            plain = plain_prefix and name.isprintable() and name[:2] != "__"
+            if not plain and (fault := name_fault(key, name)):
+                kind, which = fault, ()
+            elif dotted and dotted[name] > 1:
+                kind, which = faults.MEETING, ()
+            elif not kind and self.skip_bad and not self.may_read(prefix + stem, extensions):
+                kind, which = faults.DENIED, ()
+            if kind:
+                self.fault_of_stem(kind, prefix + stem, extensions, which)
+            else:
+                self.samples.append(Sample(key, key if name is stem else prefix + stem, extensions))
+                if self.irregular:
+                    for irregular in self.irregular.pop(prefix + stem, ()):
+                        self.ignore(irregular, "not a regular file")
+
+    def keys_with_dots(self, held: Iterable[str]) -> Counter[str]:
+        """Return how many stems become each key once their dots are replaced."""
+        return Counter(stem.replace(".", self.replace_dots or "") for stem in held)
+
+    def may_read(self, stem: str, extensions: Iterable[str]) -> bool:
+        """Tell whether all files of a stem may be read; asked if bad ones are skipped alone."""
+        paths = (os.path.join(self.source, f"{stem}.{extension}") for extension in extensions)
+        return all(os.access(path, os.R_OK) for path in paths)
+
+    def fault(self, kind: Kind, name: str) -> None:
+        """Note a name that is refused."""
+        self.tallies[kind].add(quote(name))
+        self.report.add(name, kind.reason)
+
+    def fault_of_stem(
+        self, kind: Kind, stem: str, extensions: tuple[str, ...], which: tuple[str, ...]
+    ) -> None:
+        """Note all the files of a stem, which are refused together."""
+        names = [f"{stem}.{extension}" for extension in extensions]
+        irregular = self.irregular.pop(stem, [])
+        detail, shown = "", quote(stem)
+        if kind is faults.INCOMPLETE:
+            if names and not irregular and len(which) == len(self.fields.required):
+                for name, extension in zip(names, extensions, strict=True):
+                    self.ignore(name, f".{extension}")  # optional fields alone make no sample
+                return
+            self.lacking.update(which)
+            detail = f"has no .{which[0].replace(';', ' or .')}"
+            shown = f"{quote(names[0])} {detail}" if names else ""
+            if irregular:
+                detail = "no regular file"
+                shown = f"{quote(irregular[0])} is {detail}"
+            if not stem.isascii():
+                other = self.forms.setdefault(unicodedata.normalize("NFC", stem), stem)
+                self.same_form = self.same_form or ((other, stem) if other != stem else None)
+        elif which:
+            wrong = [name for name, e in zip(names, extensions, strict=True) if e.lower() in which]
+            shown = " and ".join(map(quote, wrong))
+        self.tallies[kind].add(shown)
+        for name in names + irregular:
+            self.report.add(name, kind.reason, detail)
+
+    def refuse(self, skip_bad: bool) -> None:
+        """Raise an InputError if the source has faults, or no complete sample."""
+        where = f"{argument('source')} {self.source!r}"
+        lines = []
+        for kind, tally in self.tallies.items():
+            first, cure = ", ".join(tally.first()), kind.cure
+            if kind is faults.INCOMPLETE:
+                cure += self.hint()
+            cure += f"; {argument('skip_bad')} drops them"
+            lines.append(f"{where} has {kind.what}: {tally.number:,} ({first}); {cure}")
+        if lines and not skip_bad:
+            raise InputError("\n".join(lines))
+        if not self.samples:
+            pair = [f"sample-0.{entry[0]}" for entry in self.fields.required]
+            cure = f"put pairs such as {' + '.join(pair)} there, or give other {argument('fields')}"
+            cure += faults.left_out("ignored", self.ignored)
+            cure += faults.left_out(
+                "skipped", {k.reason: t.number for k, t in self.tallies.items()}
+            )
+            if not self.ignored and not self.tallies:
+                cure += ", or make some with ./make_dummy_data.sh"
+            raise InputError(f"{where} has no complete sample: {cure}")
+
+    def hint(self) -> str:
+        """Return what may be behind samples that lack a field, or nothing."""
+        if self.same_form:
+            one, two = map(quote, self.same_form)
+            return f"; {one} and {two} differ in Unicode form alone (NFC, NFD): give both one form"
+        fields = [";".join(entry) for entry in self.fields.required]
+        lacking, number = self.lacking.most_common(1)[0]
+        if self.ignored:
+            extension, there = self.ignored.most_common(1)[0]
+            if extension[0] == "." and there >= number:
+                other = f"{lacking};{extension[1:]}" if self.samples else extension[1:]
+                fields[fields.index(lacking)] = other.lower()
+                spelled = f'{argument("fields")} "{",".join(fields)}"'
+                return f"; {extension} files are there ({there:,}): {spelled}?"
+        if len(self.lacking) > 1 and not self.samples:
+            either = ";".join(sorted(self.lacking))
+            rest = [field for field in fields if field not in self.lacking]
+            spelled = f'{argument("fields")} "{",".join([either, *rest])}"'
+            return f"; if each sample has one of these: {spelled}"
+        return ""
+
+
+def _shuffle_rank(seed: int, sample: Sample) -> bytes:
+    """Return the place of a sample in the order of `shuffle`, the same on every machine."""
+    return hashlib.blake2b(f"{seed}/{sample.key}".encode()).digest()

@@ -1,0 +1,423 @@
+"""Real folders, as their owners have them: nothing left out in silence, and a way for each.
+
+What is packed is compared with a model of a few lines, which shares nothing with the project.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import hashes, members, run_script, write_pairs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import create_webdataset as core
+import read_webdataset as reader
+from sharding.errors import InputError
+from sharding.faults import Report
+from sharding.listing import list_samples
+
+SOAK = bool(os.environ.get("SOAK"))
+DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
+
+
+def touch(folder: Path, *names: str) -> Path:
+    """Write files that hold their own names."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode("utf-8", "surrogateescape"))
+    return folder
+
+
+def packed(output: Path) -> dict[str, bytes]:
+    """Return all members of all shards."""
+    found: dict[str, bytes] = {}
+    for shard in sorted(output.glob("shard-*.tar")):
+        content = members(shard)
+        assert not content.keys() & found.keys()
+        found |= content
+    return found
+
+
+def pack_and_prove(driver: str, source: Path, output: Path, *flags: str) -> tuple[str, str]:
+    """Pack, prove with the same flags, and return what both said."""
+    base = ["--source", source, *flags]
+    done = run_script(driver, *base, "--output", output, "--num-shards=2")
+    assert done.returncode == 0, done.stderr
+    proof = run_script("read_webdataset.py", *base, "--path", output, "--quiet")
+    assert proof.returncode == 0 and "OK, each sample of" in proof.stdout, proof
+    return done.stdout, proof.stdout
+
+
+both_drivers = pytest.mark.parametrize("driver", DRIVERS)
+
+
+@both_drivers
+def test_other_extensions_are_named(driver: str, tmp_path: Path) -> None:
+    names = [f"{n}.{field}" for n in "abc" for field in ("jpg", "txt")]
+    names += [f"p{n}.{field}" for n in range(5) for field in ("png", "caption")]
+    source = touch(tmp_path / "source", *names)
+    for said in pack_and_prove(driver, source, tmp_path / "o"):
+        assert "3 samples in 2 shards" in said and said.endswith("; ignored: 5 .caption, 5 .png\n")
+
+
+@both_drivers
+def test_alternatives(driver: str, tmp_path: Path) -> None:
+    kinds = ["jpg"] * 4 + ["JPEG"] * 3 + ["png"] * 2 + ["webp"]
+    names = [f"{n}.{kind}" for n, kind in enumerate(kinds)]
+    source = touch(tmp_path / "source", *names, *(f"{n}.txt" for n in range(10)))
+    fields = "--fields=jpg;jpeg;png;webp,txt"
+    said = pack_and_prove(driver, source, tmp_path / "o", fields)[1]
+    assert "10 samples in 2 shards" in said
+    assert "; fields: 4 jpg+txt, 3 jpeg+txt, 2 png+txt, 1 txt+webp" in said
+    expected = {p.name.lower(): p.name.encode() for p in source.iterdir()}
+    assert packed(tmp_path / "o") == expected
+    done = run_script("read_webdataset.py", "--path", tmp_path / "o", fields, "--quiet")
+    assert done.returncode == 0, "counts, and no faults"
+    done = run_script("read_webdataset.py", "--path", tmp_path / "o", "--quiet")
+    assert done.returncode == 1 and "fields differ from those of other samples" in done.stderr
+    touch(source, "3.png")
+    done = run_script(driver, "--source", source, "--output", tmp_path / "p", fields)
+    assert done.returncode == 2 and not (tmp_path / "p").exists()
+    assert "two alternatives of one field: 1 ('3.jpg' and '3.png')" in done.stderr
+
+
+@both_drivers
+def test_optional_fields(driver: str, tmp_path: Path) -> None:
+    source = touch(tmp_path / "source", *(f"{n}.{f}" for n in range(4) for f in ("jpg", "txt")))
+    touch(source, "1.json", "3.JSON", "dataset.json")
+    flags = ["--optional-fields=json"]
+    for said in pack_and_prove(driver, source, tmp_path / "o", *flags):
+        assert "; ignored: 1 .json" in said
+    assert packed(tmp_path / "o").keys() == {
+        *(f"{n}.{f}" for n in range(4) for f in ("jpg", "txt")), "1.json", "3.json",
+    }  # fmt: skip
+    found = reader.open_webdataset(
+        tmp_path / "o", "__key__", optional_fields="json", decode=None, shuffle_buffer=0
+    )
+    expected = {"0": None, "1": b"1.json", "2": None, "3": b"3.JSON"}
+    assert dict(found) == expected
+
+
+@both_drivers
+def test_linked_folders_are_followed(driver: str, tmp_path: Path) -> None:
+    source, elsewhere = write_pairs(tmp_path / "source", 3), write_pairs(tmp_path / "train", 50)
+    for name in ("train", "again"):  # a folder that is reached twice is two folders
+        (source / name).symlink_to(elsewhere)
+    (elsewhere / "sub").mkdir()
+    assert "103 samples" in pack_and_prove(driver, source, tmp_path / "o")[0]
+    linked = {f"{name}/{path}" for name in ("train", "again") for path in hashes(elsewhere)}
+    expected = {path.name for path in source.glob("*.*")} | linked
+    assert packed(tmp_path / "o").keys() == expected
+    (elsewhere / "sub" / "loop").symlink_to(source)
+    done = run_script(driver, "--source", source, "--output", tmp_path / "p")
+    assert done.returncode == 2 and not (tmp_path / "p").exists()
+    assert "links to a folder they lie in: 2 ('again/sub/loop', 'train/sub/loop')" in done.stderr
+    assert "103 samples" in pack_and_prove(driver, source, tmp_path / "p", "--skip-bad")[0]
+
+
+@both_drivers
+def test_dots_are_replaced(driver: str, tmp_path: Path) -> None:
+    source = touch(tmp_path / "source", "photo.2020.jpg", "photo.2020.txt", "a.SEG.png", "a.txt")
+    touch(source, "b/v1.2.jpg", "b/v1.2.txt", "a.jpg", "notes.v2.md")
+    flags = ["--replace-dots=_", "--optional-fields=seg.png"]
+    said = pack_and_prove(driver, source, tmp_path / "o", *flags)[0]
+    assert "3 samples" in said and "; ignored: 1 .md" in said
+    assert packed(tmp_path / "o") == {
+        "photo_2020.jpg": b"photo.2020.jpg", "photo_2020.txt": b"photo.2020.txt",
+        "a.jpg": b"a.jpg", "a.seg.png": b"a.SEG.png", "a.txt": b"a.txt",
+        "b/v1_2.jpg": b"b/v1.2.jpg", "b/v1_2.txt": b"b/v1.2.txt",
+    }  # fmt: skip
+    touch(source, "photo_2020.jpg", "photo_2020.txt")
+    done = run_script(driver, "--source", source, "--output", tmp_path / "p", *flags)
+    assert done.returncode == 2 and "keys meet once their dots are replaced: 2" in done.stderr
+    assert "2 samples" in pack_and_prove(driver, source, tmp_path / "p", "--skip-bad", *flags)[0]
+
+
+@pytest.mark.parametrize("char", ["", ".", "/", " ", "ab", "\n", "\\"])
+def test_what_dots_may_become(char: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="replace_dots takes one character"):
+        list_samples(write_pairs(tmp_path, 1), replace_dots=char)
+
+
+def test_unicode_forms(tmp_path: Path) -> None:
+    source = touch(tmp_path, "caf\u00e9.jpg", "cafe\u0301.txt")
+    with pytest.raises(InputError, match=r"differ in Unicode form alone \(NFC, NFD\)"):
+        list_samples(source)
+
+
+@pytest.mark.parametrize(
+    ("fields", "names", "hint"),
+    [
+        ("jpg,png,txt", ["a.jpg", "a.txt", "b.png", "b.txt"], '"jpg;png,txt"'),
+        ("jpg,txt", ["a.jpg", "a.txt", "b.png", "b.txt"], '"jpg;png,txt"'),
+        ("jpg,txt", ["b.png", "b.txt"], '"png,txt"'),
+    ],
+)
+def test_hints(fields: str, names: list[str], hint: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=hint):
+        list_samples(touch(tmp_path, *names), fields)
+
+
+@pytest.mark.parametrize("fields", ["jpg|png,txt", "jpg;,txt", "jpg;jpg,txt", "jpg,txt;jpg", ";"])
+def test_alternatives_that_cannot_be(fields: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be a field|twice"):
+        list_samples(write_pairs(tmp_path, 1), fields)
+
+
+BAD = {
+    "incomplete": ["lone.jpg"],
+    "doubled": ["a.jpg", "a.JPG", "a.txt"],
+    "dotted": ["p.1.jpg", "p.1.txt"],
+    "reserved": ["__x.jpg", "__x.txt"],
+    "unreadable name": ["n\udcff.jpg", "n\udcff.txt", "new\nline.jpg", "new\nline.txt"],
+}
+
+
+@both_drivers
+def test_all_kinds_in_one_run(driver: str, tmp_path: Path) -> None:
+    source = touch(tmp_path / "source", *(name for names in BAD.values() for name in names))
+    touch(source, "good.jpg", "good.txt", "other.md", ".hidden")
+    report = tmp_path / "report.jsonl"
+    flags = ["--source", source, "--output", tmp_path / "o", "--num-shards=1", "--report", report]
+    done = run_script(driver, *flags)
+    assert done.returncode == 2 and not (tmp_path / "o").exists()
+    lines = done.stderr.splitlines()
+    assert len(lines) == 5 and all(line.startswith(f"{driver}: error: --source") for line in lines)
+    read = [json.loads(line) for line in report.read_text().splitlines()]
+    by_reason = {reason: sorted(names) for reason, names in BAD.items()} | {"ignored": ["other.md"]}
+    found: dict[str, list[str]] = {}
+    for line in read:
+        assert line.keys() == {"name", "reason", "detail"}
+        found.setdefault(line["reason"], []).append(line["name"])
+    assert {reason: sorted(names) for reason, names in found.items()} == by_reason
+    report.unlink()
+    done = run_script(driver, *flags, "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    expected = "; ignored: 1 .md; skipped: 2 dotted, 2 unreadable name, 1 doubled, 1 incomplete, 1 "
+    assert expected + "reserved\n" in done.stdout, done.stdout
+    assert packed(tmp_path / "o").keys() == {"good.jpg", "good.txt"}
+    again = [json.loads(line) for line in report.read_text().splitlines()]
+    assert again == read, "the same names, whether they are refused or dropped"
+    proof = ["--path", tmp_path / "o", "--source", source, "--skip-bad", "--quiet"]
+    assert expected in run_script("read_webdataset.py", *proof).stdout
+
+
+@pytest.mark.parametrize("where", ["source", "source/sub", "o"])
+def test_a_report_among_the_data(where: str, tmp_path: Path, capfd) -> None:
+    source = write_pairs(tmp_path / "source", 1)
+    path = tmp_path / where / "report"
+    flags = ["--source", str(source), "--output", str(tmp_path / "o"), "--report", str(path)]
+    assert core.main([*flags, "--shard-id=0", "--total-shards=1"]) == 2
+    assert "is inside" in capfd.readouterr().err and not path.exists()
+
+
+def test_many_faults_are_cheap(tmp_path: Path) -> None:
+    """A hundred thousand names: their lines are written as they come."""
+    with (tmp_path / "report").open("w") as stream:
+        report = Report(stream)
+        began = time.process_time()
+        for number in range(100_000):
+            report.add(f"name-{number}.jpg", "incomplete", "has no .txt")
+        assert time.process_time() - began < 2
+
+
+URLS = ["s3://bucket/x", "gs://b/x", "hf://datasets/x", "http://127.0.0.1:9/x", "file:///tmp/x"]
+
+
+@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("flag", ["--source", "--output"])
+@both_drivers
+def test_urls_are_refused(driver: str, flag: str, url: str, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "s", 4)
+    flags = ["--source", source, "--output", "o", flag, url]
+    done = run_script(driver, *flags, cwd=tmp_path)
+    assert done.returncode == 2 and f"{flag} '{url}'" in done.stderr, done
+    assert os.listdir(tmp_path) == ["s"]
+
+
+def test_denied_folders_and_files(tmp_path: Path) -> None:
+    prefix = []
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root reads everything")
+        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    source = write_pairs(tmp_path / "source", 4)
+    (source / "d").mkdir(mode=0)
+    flags = ["--source", source, "--output", tmp_path / "o", "--num-shards=1"]
+    done = run_script("run_parallel.sh", *flags, prefix=prefix)
+    assert done.returncode == 2 and "may not be read: 1 ('d'); change their mode" in done.stderr
+    (source / "sample-2.txt").chmod(0)
+    done = run_script("run_parallel.sh", *flags, "--skip-bad", prefix=prefix)
+    assert done.returncode == 0 and "; skipped: 2 permission denied" in done.stdout, done
+    assert len(packed(tmp_path / "o")) == 6
+
+
+class Model(NamedTuple):
+    """What a model makes of a source."""
+
+    samples: dict[str, dict[str, str]]  # key -> field -> path
+    faults: Counter[str]  # paths that are refused
+    ignored: Counter[str]
+    hidden: int
+
+
+def model_of(source: str, fields: str, optional: str, dots: str | None) -> Model:
+    """List a folder in the plainest way; names are as os.fsdecode gives them."""
+    required = [entry.split(";") for entry in fields.split(",")]
+    extra = [entry.split(";") for entry in optional.split(",") if entry]
+    known = {field for entry in required + extra for field in entry}
+    groups: dict[tuple[str, str], list[tuple[str, str | None]]] = {}
+    faults: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
+    hidden = 0
+    todo = [("", [os.path.realpath(source)])]
+    while todo:
+        prefix, above = todo.pop()
+        for name in os.listdir(os.path.join(source, prefix)):
+            path = prefix + name
+            full = os.path.join(source, path)
+            if name.startswith("."):
+                hidden += 1
+                continue
+            if os.path.isdir(full):
+                real = os.path.realpath(full)
+                if real in above:
+                    faults[path] += 1
+                else:
+                    todo.append((path + "/", [*above, real]))
+                continue
+            pieces = name.split(".")
+            cuts = range(1, len(pieces)) if dots else range(1, 2)
+            split = [(".".join(pieces[:n]), ".".join(pieces[n:]).lower()) for n in cuts]
+            matching = [(stem, field) for stem, field in split if field in known and stem]
+            if matching:
+                stem, field = matching[0]
+                whole = os.path.isfile(full)
+                groups.setdefault((prefix, stem), []).append((path, field if whole else None))
+            elif os.path.isfile(full) and any(name.lower().endswith("." + f) for f in known):
+                faults[path] += 1
+            else:
+                ignored[path] += 1
+    keys = Counter(p + (s.replace(".", dots) if dots else s) for p, s in groups)
+    samples = {}
+    for (prefix, stem), files in groups.items():
+        name = stem.replace(".", dots) if dots else stem
+        key = prefix + name
+        found = [field for _, field in files if field]
+        first = key.split("/")[0]
+        good_name = not name.startswith("__") and "\n" not in key
+        good_name = good_name and not (
+            first.startswith("__") and first.endswith("__") and len(first) > 3
+        )
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            good_name = False
+        no_sample = len(found) == len(files) and not any(f in e for e in required for f in found)
+        doubled = len(found) > len(set(found)) or keys[key] > 1
+        one_each = all(sum(f in entry for f in set(found)) == 1 for entry in required)
+        one_most = all(sum(f in entry for f in set(found)) <= 1 for entry in required + extra)
+        if not good_name or doubled or not one_most:
+            faults.update(path for path, _ in files)
+        elif no_sample:
+            ignored.update(path for path, _ in files)
+        elif not one_each:
+            faults.update(path for path, _ in files)
+        else:
+            samples[key] = {field: path for path, field in files if field}
+            ignored.update(path for path, field in files if not field)
+    return Model(samples, faults, ignored, hidden)
+
+
+KINDS = st.sampled_from(["file"] * 9 + ["folder", "fifo", "link", "dangling", "self", "up", "side"])
+STEMS = st.one_of(
+    st.text("ab.J_-", max_size=5),
+    st.sampled_from(
+        ["__a__", "__init", ".hidden", "a.b", "a_b", "new\nline", "\udcff", "é", "e\u0301"]
+    ),
+    st.integers(0, 9).map(str),
+)
+ENDINGS = st.sampled_from(
+    [".jpg", ".txt", ".JPG", ".Txt", ".png", ".json", ".seg.png", "", ".md", "."]
+)
+FOLDERS = st.sampled_from(["", "", "", "d", "d.e", "d/f", "__r__"])
+
+
+def place(source: str, kind: str, folder: str, name: str) -> None:
+    """Put one generated name into the source, whatever it is to be."""
+    os.makedirs(os.path.join(source, folder), exist_ok=True)
+    path = os.path.join(source, folder, name)
+    if kind == "file":
+        with open(path, "xb") as stream:
+            stream.write(os.fsencode(path))
+    elif kind == "folder":
+        os.mkdir(path)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        other = os.path.join(os.path.dirname(source), "other")
+        target = {"link": os.path.join(other, "x.jpg"), "dangling": "nowhere", "self": name}
+        os.symlink({**target, "up": source, "side": other}[kind], path)
+
+
+@given(
+    st.lists(st.tuples(KINDS, FOLDERS, STEMS, ENDINGS), min_size=1, max_size=30),
+    st.sampled_from(["jpg,txt", "jpg;png,txt", "txt"]),
+    st.sampled_from(["", "json", "json;seg.png"]),
+    st.sampled_from([None, None, "_"]),
+    st.integers(1, 3),
+)
+@settings(
+    max_examples=1_500 if SOAK else 150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+def test_as_the_model_says(tmp_path_factory, entries, fields, optional, dots, total: int) -> None:
+    """Refused with nothing written, or each shard as the model has it; every name accounted for."""
+    root = tmp_path_factory.mktemp("n")
+    source = str(root / "source")
+    os.mkdir(source)
+    touch(root / "other", "x.jpg", "y.jpg", "y.txt")
+    for kind, folder, stem, ending in entries:
+        try:
+            place(source, kind, folder, stem.replace("/", "~") + ending)
+        except OSError:
+            continue  # the name is taken, or is no name
+    model = model_of(source, fields, optional, dots)
+    report = str(root / "report")
+    flags = ["--source", source, "--output", str(root / "o"), f"--total-shards={total}"]
+    flags += ["--shard-id=0", "--shard-step=1", "--report", report]
+    more = [f"--fields={fields}", f"--optional-fields={optional}"]
+    more += [f"--replace-dots={dots}"] if dots else []
+    flags += more
+    code = core.main(flags)
+    assert code == (2 if model.faults or len(model.samples) < total else 0)
+    assert code == 0 or not (root / "o").exists()
+    code = core.main([*flags, "--skip-bad"])
+    assert code == (0 if len(model.samples) >= total else 2)
+    with open(report) as stream:
+        lines = list(map(json.loads, stream))
+    assert Counter(li["name"] for li in lines if li["reason"] == "ignored") == model.ignored
+    assert Counter(li["name"] for li in lines if li["reason"] != "ignored") == model.faults
+    if code == 0:
+        keys = sorted(model.samples)
+        for number in range(total):
+            expected = {}
+            for key in keys[number::total]:
+                for field, path in sorted(model.samples[key].items()):
+                    with open(os.path.join(source, path), "rb") as stream:
+                        expected[f"{key}.{field}"] = stream.read()
+            content = members(root / "o" / f"shard-{number:06d}.tar")
+            assert list(content.items()) == list(expected.items())
+        proof = ["--path", str(root / "o"), "--source", source, "--quiet", "--skip-bad", *more]
+        assert reader.main(proof) == 0
+    shutil.rmtree(root, ignore_errors=True)
