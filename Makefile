@@ -19,7 +19,8 @@ test: .venv/ready-dev ## run the test suite
 	$(BIN)/python -m pytest --ignore=tests/interop
 
 soak: .venv/ready-dev ## the long counts: kills, Ctrl-C, faults, generated names
-	SOAK=1 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_interrupts.py tests/test_verify.py
+	SOAK=1 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_interrupts.py tests/test_listing.py \
+	    tests/test_verify.py
 
 interop: .venv-interop/ready ## read our shards with other people's readers (Python 3.11 or newer)
 	INTEROP=1 .venv-interop/bin/python -m pytest -rs tests/interop
@@ -46,10 +47,9 @@ requirements: ## pin the requirements anew (needs uv)
 	grep -Ev '^(cuda|nvidia|triton)' .interop.tmp >tests/interop/requirements.txt
 	rm .interop.tmp
 
-clean: ## remove the packed shards, .venv and caches; source_data stays
+clean: ## remove .venv and caches; the data stays
 	rm -rf .venv .venv-interop .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f webdataset_output/shard-*.tar
 
 # Where pip would choose a CUDA build of torch, put a CPU build into .venv-interop first.
 .venv-interop/ready: tests/interop/requirements.txt

@@ -1,8 +1,7 @@
-"""Pack image + text pairs into WebDataset shards: the core that every driver calls.
+"""Pack image + text pairs into WebDataset shards: one call, or one command, packs one shard.
 
-Sorted samples are dealt like cards: sample i belongs to shard i % total_shards.
-One call of `create_webdataset` packs one shard, so any number of processes, on any
-number of machines, can pack the shards of one dataset side by side.
+Sorted samples are dealt like cards: sample i belongs to shard i % total_shards. So any number of
+processes, on any number of machines, can pack the shards of one dataset side by side.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from sharding.folder import (
     INTERRUPTED,
     check_output,
     is_publishing,
-    remove_shards,
+    remove_leftovers,
     staging_folders,
     sync_folder,
 )
@@ -38,14 +37,14 @@ from sharding.listing import list_samples
 from sharding.samples import deal
 from sharding.shards import (
     MAX_SHARDS,
-    PARTIAL_PATTERN,
     Progress,
     Shard,
     check_shard_numbers,
     write_shard,
 )
 
-USAGE = "create_webdataset.py --source DIR --output DIR --shard-id I --total-shards N [options]"
+USAGE = """create_webdataset.py --source DIR --output DIR --shard-id I --total-shards N [options]
+       create_webdataset.py --run DIR --shard-id I"""
 EXAMPLES = """examples:
   python create_webdataset.py --source raw --output out --shard-id 0 --total-shards 4
   python create_webdataset.py --source raw --output out --shard-id 0 --total-shards 64 \\
@@ -111,7 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--shard-step", metavar="K", type=number, help="pack shards I, I+K, I+2K, ...")
     add = parser.add_argument_group("a run that `python sharding start` has planned").add_argument
-    add("--run", metavar="DIR", help="its folder; takes the place of source, output and number")
+    what = "its folder; takes the place of all flags but --shard-id and --shard-step"
+    add("--run", metavar="DIR", help=what)
     return parser
 
 
@@ -136,7 +136,7 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     os.makedirs(args.output, exist_ok=True)
     if any(map(is_publishing, staging_folders(args.output))):
         raise PackError(INTERRUPTED)
-    remove_shards(args.output, PARTIAL_PATTERN, shard_ids)
+    remove_leftovers(args.output, shard_ids)
 
     def pack(shard_id: int, progress: Progress) -> Shard:
         return write_shard(args.source, shards[shard_id], args.output, shard_id, progress)
@@ -146,10 +146,12 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
 
 def prepare_staged(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     """Prepare to pack shards of the run in --run; returns what `prepare_direct` does."""
-    if args.source or args.output or args.total_shards:
-        given = " and ".join(argument(name) for name in ("source", "output", "total_shards"))
-        raise InputError(f"{argument('run')} names a run that has a plan: leave out {given}")
-    require(args, "shard_id")
+    require(args, "run", "shard_id")
+    plain = build_parser().parse_args([])
+    for name, value in vars(args).items():
+        if name not in ("run", "shard_id", "shard_step") and value != getattr(plain, name):
+            message = f"{argument('run')} names a run that has a plan"
+            raise InputError(f"{message}: leave out {argument(name)}")
     run = runs.load(args.run)
     if run.plan.driver is not None:
         sys.argv[0] = "run_parallel.sh"  # this is a step of it, and so it signs the errors
@@ -185,7 +187,7 @@ def is_alive(pid: int) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    shard_ids, samples, pack = prepare_staged(args) if args.run else prepare_direct(args)
+    shard_ids, samples, pack = prepare_direct(args) if args.run is None else prepare_staged(args)
     failed = False
     with ProgressBar(samples, position=args.shard_id if args.run else 0) as bar:
         for shard_id in shard_ids:

@@ -29,6 +29,7 @@ from sharding.command import (
 from sharding.errors import InputError, PackError, explain
 from sharding.plan import read_plan, read_shard
 from sharding.run import Run, finish, load, pack, start
+from sharding.samples import NOT_UTF8
 from sharding.shards import Shard
 
 MODULES = [__file__, *sharding.__path__]  # what the tasks need on other nodes
@@ -61,7 +62,8 @@ class Signals:
     def obey(self) -> None:
         """End the run if one has come, with the exit code that a shell gives it."""
         if self.came:
-            print("stopped; nothing was published; --resume continues", file=sys.stderr)
+            cure = "to continue, run the same command with --resume"
+            print(f"create_with_ray.py: stopped; nothing was published; {cure}", file=sys.stderr)
             raise SystemExit(128 + self.came)
 
     def wait(self, tasks: Iterable[Any]) -> list[Any]:
@@ -115,7 +117,9 @@ def check_address(address: str) -> None:
     try:
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError, ValueError) as error:
+    except (OverflowError, ValueError):
+        raise InputError(f"--address {address!r}: give HOST:PORT, auto or local") from None
+    except OSError as error:
         raise PackError(f"--address {address!r}: {error}; see README, On a cluster") from None
 
 
@@ -244,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
     address, options = find_address(args), run_options(args)
+    for path in (args.source, args.output):
+        if NOT_UTF8.search(os.fspath(path)):
+            raise InputError(f"Ray cannot take a path that is not UTF-8: {os.fspath(path)!r}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported
     with plain_interrupt():
         import ray

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import tarfile
@@ -115,9 +116,11 @@ def count_fields(reports: Sequence[Checked]) -> str:
 
 def how_to_pack(shard: str, total: int, args: argparse.Namespace) -> str:
     """Return the command that packs a shard anew."""
+    source = shlex.quote(args.source) if args.source else "DIR"
     return (
-        f"python create_webdataset.py --source {args.source or 'DIR'} --output {args.path} "
-        f"--shard-id {shard_number(shard)} --total-shards {total}, with the flags of the first time"
+        f"python create_webdataset.py --source {source} --output {shlex.quote(args.path)} "
+        f"--shard-id {shard_number(shard)} --total-shards {total if args.source else 'N'}, "
+        "with the other flags of the first time"
     )
 
 

@@ -29,7 +29,7 @@ stop() { # exit-code
   for pid in ${pids[@]+"${pids[@]}"}; do
     wait "$pid" || true
   done
-  echo 'run_parallel.sh: stopped; nothing was published; --resume continues' >&2
+  echo 'run_parallel.sh: stopped; nothing was published; to continue, run the same command with --resume' >&2
   exit "$1"
 }
 trap 'stop 130' INT

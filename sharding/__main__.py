@@ -22,11 +22,12 @@ from sharding.command import (
     driver_parser,
     list_source,
     one_line_errors,
+    require,
     run_options,
 )
 from sharding.errors import InputError
-from sharding.folder import lock_output
-from sharding.run import finish, load, start
+from sharding.folder import is_staging, lock_output
+from sharding.run import finish, finish_publishing, load, start
 
 USAGE = "python sharding start [options] | python sharding publish --run DIR"
 EXAMPLES = """examples:
@@ -54,12 +55,13 @@ def start_run(argv: Sequence[str]) -> int:
     options = run_options(args)
     run, _lock = start(list_source(args), **options, driver=args.hold)
     if args.hold is None:
-        print(run.folder)
+        sys.stdout.buffer.write(os.fsencode(run.folder) + b"\n")
         return 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the lock goes last
     workers = min(args.num_workers or NUM_WORKERS, run.plan.total_shards)
-    print(run.folder, workers, sep="\0", end="\0", flush=True)
+    sys.stdout.buffer.write(os.fsencode(run.folder) + b"\0%d\0" % workers)
+    sys.stdout.flush()
     # Bash cannot hold a lock, but it and its workers hold the other end of this pipe.
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLIN)
@@ -69,9 +71,18 @@ def start_run(argv: Sequence[str]) -> int:
 
 def publish_run(argv: Sequence[str]) -> int:
     """Put the shards of a run in their final place, and print the summary."""
-    parser = Parser("python sharding publish --run DIR", "Publish a run.", "")
+    what = "Move the finished shards of a run into place; fails if any is missing."
+    parser = Parser("python sharding publish --run DIR", what, "")
     parser.add_argument("--run", metavar="DIR", required=True, help="what `start` printed")
-    run = load(parser.parse_args(argv).run)
+    args = parser.parse_args(argv)
+    require(args, "run")
+    output = os.path.dirname(os.path.abspath(args.run))
+    if is_staging(args.run) and not os.path.exists(args.run) and os.path.isdir(output):
+        lock_output(output)
+        if finish_publishing(output):
+            print("publishing was interrupted; now all shards are in place")
+            return 0
+    run = load(args.run)
     if run.plan.driver is None:
         lock_output(run.output)
     else:  # this is the last step of run_parallel.sh, which holds the lock
@@ -91,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return start_run(rest)
     if step == "publish":
         return publish_run(rest)
-    Parser(USAGE, __doc__ or "", EXAMPLES).parse_args([step] if step else [])
-    raise InputError(f"start or publish? (see --help) usage: {USAGE}")
+    if step[:1] == "-":
+        Parser(USAGE, __doc__ or "", EXAMPLES).parse_args([step])
+    raise InputError(f"{step!r} is no command: start or publish? (see --help)")
 
 
 if __name__ == "__main__":

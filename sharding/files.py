@@ -21,36 +21,38 @@ from typing import Any, NamedTuple
 from sharding.errors import PackError, naming
 from sharding.samples import Sample
 
-CHANGED = "changed while it was packed; run again when it is at rest"
+CHANGED = "changed while it was packed; run again once it no longer changes"
 WHOLE_SIZE = 64 << 10  # bytes of a file that is read whole; larger ones are copied
 AHEAD_SIZE = 512 << 10  # the same as WHOLE_SIZE, for files that are read ahead
 SLOW_READ = 0.0005  # seconds a file; a local disk takes a hundredth of that to open one
 SLOW_BATCHES = 3  # so many more slow batches than fast ones, and files are read ahead
-READ_THREADS, AHEAD_BATCHES, AHEAD_FILES = 16, 24, 4  # 96 files ahead: 48 MB at most
-BATCH_SAMPLES = 16  # read at a time where nothing is read ahead
+READ_THREADS, AHEAD_FILES, FEW_FILES = 16, 96, 4  # 96 files ahead, 4 at a time: 48 MB at most
+BATCH_FILES = 32  # read at a time where nothing is read ahead
 STAMP = b"%d %d "  # size and time of a file
 
 
 class LargeFile(io.FileIO):
     """An open file that is copied in pieces, of the size that it had when it was opened."""
 
-    def __init__(self, fd: int, path: str, size: int) -> None:
+    def __init__(self, fd: int, path: str, size: int, mtime_ns: int) -> None:
         super().__init__(fd)
         self.path = path
         self.size = size
+        self.mtime_ns = mtime_ns
 
     def pieces(self, buffer: memoryview) -> Iterator[memoryview]:
         """Yield the content, piece by piece in the buffer, and close the file.
 
         Raises:
-            PackError: its size is another by now.
+            PackError: it was changed meanwhile.
         """
         left = self.size
         with naming(self.path), self:
             while (count := self.readinto(buffer)) and count <= left:
                 left -= count
                 yield buffer[:count]
-        if left or count:
+            touched = os.fstat(self.fileno()).st_mtime_ns != self.mtime_ns
+        if left or count or touched:
             raise PackError(f"{self.path!r} {CHANGED}")
 
 
@@ -108,20 +110,21 @@ def read_batches(
 def _read_batches(source_fd: int, left: Iterator[Sample]) -> Iterator[Batch]:
     """Yield what `read_batch` gives for the samples that are left."""
     slow, count = 0, 1  # at first few, so that a slow disk is found out soon
-    few = 1
+    few, files = 1, 1
     while slow < SLOW_BATCHES and (some := list(islice(left, count))):
-        few = max(1, AHEAD_FILES // len(some[0].extensions))
+        files = len(some[0].extensions)
+        few = max(1, FEW_FILES // files)
         start = time.perf_counter()
         batch = read_batch(source_fd, WHOLE_SIZE, some)
         is_slow = time.perf_counter() - start > SLOW_READ * len(batch.names)
         slow = max(0, slow + (1 if is_slow else -1))
-        count = few if is_slow else BATCH_SAMPLES
+        count = few if is_slow else max(1, BATCH_FILES // files)
         yield batch
     batches = iter(lambda: list(islice(left, few)), [])
     read = functools.partial(read_batch, source_fd, AHEAD_SIZE)
     pool = ThreadPoolExecutor(READ_THREADS)
     try:
-        yield from in_order(pool, read, batches, AHEAD_BATCHES)
+        yield from in_order(pool, read, batches, max(2, AHEAD_FILES // (few * files)))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -143,7 +146,7 @@ def read_batch(source_fd: int, whole_size: int, samples: Sequence[Sample]) -> Ba
                 if not stat.S_ISREG(status.st_mode):
                     raise PackError(f"{path!r} {CHANGED}")
                 if size > whole_size:
-                    batch.contents.append(LargeFile(os.dup(fd), path, size))
+                    batch.contents.append(LargeFile(os.dup(fd), path, size, status.st_mtime_ns))
                 else:
                     data = os.read(fd, size + 1)
                     if len(data) != size:

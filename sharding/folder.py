@@ -20,9 +20,10 @@ from pathlib import Path
 
 from sharding.errors import InputError, PackError, argument, count, explain, refuse_url, warn
 from sharding.listing import Listing
-from sharding.shards import MAX_SHARDS, SHARD_PATTERN, STAGED_PATTERN, shard_name
+from sharding.shards import MAX_SHARDS, PARTIAL_PATTERN, SHARD_PATTERN, STAGED_PATTERN, shard_name
 
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
+GONE = ".webdataset-gone-"  # begins the name of one that is being removed
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 LOCK = ".webdataset.lock"
 _STRAY_PATTERN = re.compile(r"shard-.*\.tar", re.DOTALL)  # what readers glob
@@ -39,6 +40,8 @@ def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
     inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(listing.source))
     if "tar" in listing.fields.known() and inside:
         raise InputError(f"{name} is inside {argument('source')}, whose tars it could replace")
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise InputError(f"{name} is no folder")
     strays = []
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(output):
@@ -51,7 +54,7 @@ def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
                 strays.append(entry.name)
     if strays:
         found = f"{count(len(strays), 'file')} ({min(strays)!r})"
-        warn(f"{output!r} has {found} of another naming, which readers may take for a shard")
+        warn(f"{name} has {found} not named like its shards, which readers may take for some")
 
 
 def lock_output(output: str) -> int:
@@ -93,8 +96,7 @@ def staging_folders(output: str | os.PathLike[str]) -> list[str]:
     return [
         entry.path
         for entry in os.scandir(output)
-        if re.fullmatch(re.escape(STAGING) + "[0-9a-f]{16}", entry.name)
-        and entry.is_dir(follow_symlinks=False)
+        if is_staging(entry.name) and entry.is_dir(follow_symlinks=False)
     ]
 
 
@@ -107,23 +109,46 @@ def staged_shards(staging: str) -> dict[int, list[str]]:
     return dict(found)
 
 
+def is_staging(path: str) -> bool:
+    """Tell whether a path has the name of a staging folder."""
+    return bool(re.fullmatch(re.escape(STAGING) + "[0-9a-f]{16}", os.path.basename(path)))
+
+
+def move_staging(staging: str) -> str:
+    """Give a staging folder a new name, so that late tasks find their folder gone; return it."""
+    new = new_staging(os.path.dirname(staging))
+    os.rename(staging, new)
+    return new
+
+
 def remove_staging(staging: str) -> None:
-    """Remove a staging folder, in which a late task of a killed run may still want to write."""
-    gone = new_staging(os.path.dirname(staging))
-    os.rename(staging, gone)  # it finds its folder gone
+    """Remove a staging folder; as soon as it has another name, it is none any more."""
+    gone = os.path.join(os.path.dirname(staging), GONE + secrets.token_hex(8))
+    os.rename(staging, gone)
     shutil.rmtree(gone)
 
 
-def remove_shards(
-    folder: str | os.PathLike[str],
-    pattern: re.Pattern[str],
-    shard_ids: Container[int] = range(MAX_SHARDS),
-) -> None:
-    """Remove these shards, or what killed attempts at them left, as the pattern of names says."""
-    for name in os.listdir(folder):
-        match = pattern.fullmatch(name)
-        if match and int(match[1]) in shard_ids:
-            os.unlink(os.path.join(folder, name))
+def remove_leftovers(output: str, shard_ids: Container[int] = range(MAX_SHARDS)) -> None:
+    """Remove what killed attempts at these shards left, and staging folders half removed."""
+    for name in os.listdir(output):
+        path = os.path.join(output, name)
+        if match := PARTIAL_PATTERN.fullmatch(name):
+            if int(match[1]) in shard_ids and not _is_being_written(path):
+                os.unlink(path)
+        elif re.fullmatch(re.escape(GONE) + "[0-9a-f]{16}", name) and not os.path.islink(path):
+            shutil.rmtree(path)
+
+
+def _is_being_written(path: str) -> bool:
+    """Tell whether a process has this partial shard locked."""
+    with open(path, "rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no locks on this file system
+            pass
+        return False
 
 
 def is_publishing(staging: str) -> bool:
@@ -142,9 +167,11 @@ def publish(staging: str, total_shards: int) -> None:
     output = os.path.dirname(staging)
     for shard_id, (path,) in sorted(staged_shards(staging).items()):
         os.rename(path, os.path.join(output, shard_name(shard_id)))
-    remove_shards(output, SHARD_PATTERN, range(total_shards, MAX_SHARDS))  # of a larger dataset
+    for name in os.listdir(output):
+        match = SHARD_PATTERN.fullmatch(name)
+        if match and int(match[1]) >= total_shards:  # of a larger dataset
+            os.unlink(os.path.join(output, name))
     sync_folder(output)
-    os.unlink(os.path.join(staging, MARKER))
     remove_staging(staging)
 
 
@@ -187,6 +214,6 @@ def find_shards(path: str) -> tuple[list[str], list[tuple[str, str]]]:
     if not shards:
         cure = "pack some with ./run_parallel.sh"
         if runs:
-            cure = "an unfinished run is there: end it with --resume"
+            cure = "an unfinished run is there: finish it with --resume, or publish it"
         raise InputError(f"{argument('path')} {path!r} has no shard-*.tar; {cure}")
     return shards, faults

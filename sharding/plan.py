@@ -99,8 +99,10 @@ def _opening(folder: str) -> Iterator[str]:
     path = os.path.join(folder, PLAN)
     try:
         yield path
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        raise PackError(f"{path!r} is damaged, or not there; remove its folder") from None
+    except FileNotFoundError:
+        raise PackError(f"{path!r} is gone: the run was published, resumed or removed") from None
+    except (ValueError, TypeError, KeyError):
+        raise PackError(f"{path!r} cannot be read; remove its folder to give up that run") from None
 
 
 def _header(plan: Plan) -> bytes:

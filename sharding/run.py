@@ -14,7 +14,7 @@ import signal
 import time
 from typing import NamedTuple
 
-from sharding.errors import PackError, count, warn
+from sharding.errors import PackError, argument, count, warn
 from sharding.faults import left_out
 from sharding.files import stamp_of
 from sharding.folder import (
@@ -22,17 +22,19 @@ from sharding.folder import (
     begin_publishing,
     check_output,
     is_publishing,
+    is_staging,
     lock_output,
+    move_staging,
     new_staging,
     publish,
-    remove_shards,
+    remove_leftovers,
     remove_staging,
     staged_shards,
     staging_folders,
 )
 from sharding.listing import Listing
 from sharding.plan import PLAN, Plan, read_plan, read_shard, write_plan
-from sharding.shards import PARTIAL_PATTERN, Progress, Shard, check_shard_numbers, write_shard
+from sharding.shards import Progress, Shard, check_shard_numbers, write_shard
 
 
 class Run(NamedTuple):
@@ -81,8 +83,8 @@ def start(
     check_shard_numbers(total, len(samples))
     os.makedirs(output, exist_ok=True)
     lock = lock_output(output)
-    remove_shards(output, PARTIAL_PATTERN)
-    _finish_publishing(output)
+    remove_leftovers(output)
+    finish_publishing(output)
     folder = new_staging(output)
     os.mkdir(folder)
     plan = Plan(
@@ -111,7 +113,13 @@ def load(folder: str) -> Run:
     Raises:
         PackError: there is none.
     """
-    return Run(os.path.abspath(folder), read_plan(folder))
+    folder = os.path.realpath(folder)
+    if not is_staging(folder) or not os.path.exists(os.path.join(folder, PLAN)):
+        raise PackError(
+            f"no run in {folder!r}: it was published, resumed in a new folder, or removed; "
+            f"{argument('run')} takes what `python sharding start` printed"
+        )
+    return Run(folder, read_plan(folder))
 
 
 def pack(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
@@ -120,18 +128,23 @@ def pack(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
     Raises:
         PackError, OSError: packing failed.
     """
-    samples, how = read_shard(run.folder, shard_id), "created"
-    for path in _left_shards(run.folder).get(shard_id, ()):
-        with contextlib.suppress(FileNotFoundError):
-            size = os.stat(path).st_size
-            if path.endswith(stamp_of(run.plan.source, samples)):
-                if progress:
-                    progress(len(samples))
-                return Shard(shard_id, len(samples), size, "kept")
-            os.unlink(path)
-            how = "created again"
-    shard = write_shard(run.plan.source, samples, run.folder, shard_id, progress, staged=True)
-    return shard._replace(how=how)
+    samples = read_shard(run.folder, shard_id)
+    old = _left_shards(run.folder).get(shard_id, [])
+    stamp = stamp_of(run.plan.source, samples) if old else ""
+    kept = [path for path in old if path.endswith(stamp) and os.path.exists(path)]
+    if kept:
+        size = os.stat(kept[0]).st_size
+        shard = Shard(shard_id, len(samples), size, kept[0], "kept")
+        if progress:
+            progress(len(samples))
+    else:
+        shard = write_shard(run.plan.source, samples, run.folder, shard_id, progress, staged=True)
+        shard = shard._replace(how="created again" if old else "created")
+    for path in old:
+        if path != shard.path:  # an older version, or one of another attempt
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+    return shard
 
 
 def finish(run: Run) -> str:
@@ -140,23 +153,16 @@ def finish(run: Run) -> str:
     Raises:
         PackError: shards are missing; the previous dataset is untouched.
     """
-    plan, staged = run.plan, staged_shards(run.folder)
-    missing = [str(n) for n in range(plan.total_shards) if len(staged.get(n, ())) != 1]
-    if missing:
-        first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise PackError(
-            f"not packed: {count(len(missing), 'shard')} ({first}); nothing was published; "
-            "run again with --resume to pack just these"
-        )
-    sizes = [os.stat(path).st_size for paths in staged.values() for path in paths]
+    plan = run.plan
+    _check_complete(run)
     # To stop now would leave neither the old dataset nor the new one.
     stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_IGN) for number in stopping]
-    begin_publishing(run.folder)
-    publish(run.folder, plan.total_shards)
-    os.unlink(os.path.join(run.output, LOCK))
-    for number, handler in zip(stopping, handlers, strict=True):
-        signal.signal(number, handler)
+    try:
+        sizes = _publish(run)
+    finally:
+        for number, handler in zip(stopping, handlers, strict=True):
+            signal.signal(number, handler)
     return (
         f"{count(plan.total_samples, 'sample')} in {count(len(sizes), 'shard')}, "
         f"{sum(sizes):,} bytes "
@@ -166,14 +172,46 @@ def finish(run: Run) -> str:
     )
 
 
+def finish_publishing(output: str) -> bool:
+    """Finish a run that was cut short while its shards replaced the previous ones, if any."""
+    cut = [folder for folder in staging_folders(output) if is_publishing(folder)]
+    for folder in cut:
+        publish(folder, read_plan(folder).total_shards)
+    return bool(cut)
+
+
+def _publish(run: Run) -> list[int]:
+    """Put complete shards in their place, and return their sizes."""
+    moved = Run(move_staging(run.folder), run.plan)  # from here on, no late task changes anything
+    try:
+        staged = _check_complete(moved)
+    except PackError:
+        os.rename(moved.folder, run.folder)
+        raise
+    sizes = [os.stat(path).st_size for paths in staged.values() for path in paths]
+    begin_publishing(moved.folder)
+    publish(moved.folder, run.plan.total_shards)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(run.output, LOCK))
+    return sizes
+
+
+def _check_complete(run: Run) -> dict[int, list[str]]:
+    """Return the staged shards of a run, of which each must be there once."""
+    staged = staged_shards(run.folder)
+    missing = [str(n) for n in range(run.plan.total_shards) if len(staged.get(n, ())) != 1]
+    if missing:
+        first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        cure = "run again with --resume to pack just these"
+        if run.plan.driver is None:
+            cure = "pack them with create_webdataset.py --run DIR --shard-id I, then publish"
+        shards = count(len(missing), "shard")
+        raise PackError(f"not packed: {shards} ({first}); nothing was published; {cure}")
+    return staged
+
+
 # What killed runs left; read once in a process, for what is packed meanwhile is no such thing.
 _left_shards = functools.lru_cache(maxsize=1)(staged_shards)
-
-
-def _finish_publishing(output: str) -> None:
-    """Finish a run that was cut short while its shards replaced the previous ones."""
-    for old in filter(is_publishing, staging_folders(output)):
-        publish(old, read_plan(old).total_shards)
 
 
 def _take_over(run: Run, resume: bool) -> None:
@@ -185,29 +223,36 @@ def _take_over(run: Run, resume: bool) -> None:
     left = [folder for folder in staging_folders(run.output) if folder != run.folder]
     left.sort(key=lambda folder: -len(staged_shards(folder)))
     if resume and not left:
-        warn("no interrupted run to resume: all shards are packed")
+        warn("nothing to resume; packing all shards")
     taken = None
     for old in left:
-        same, before = False, None
-        with contextlib.suppress(OSError, PackError):  # it ended before it packed anything
-            before = read_plan(old)
-            same = resume and not taken and _same_samples(before, run.plan)
-        if same:
+        if not staged_shards(old) and not _has_plan(old):
+            continue  # it ended before it packed anything
+        before = read_plan(old)
+        if resume and not taken and _same_samples(before, run.plan):
             taken = old
-        elif before and before.driver is None:
+        elif before.driver is None:
             begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(before.started))
             raise PackError(
                 f"{old!r} holds an array job that {before.host} started at {begun}; publish it, "
                 "go on with --resume and the same flags, or remove that folder"
             )
     if taken:
-        remove_shards(taken, PARTIAL_PATTERN)
+        remove_leftovers(taken)
         os.replace(os.path.join(run.folder, PLAN), os.path.join(taken, PLAN))
         os.rmdir(run.folder)
         os.rename(taken, run.folder)  # a late writer of the old run finds its folder gone
     for old in left:
         if old != taken:
             remove_staging(old)
+
+
+def _has_plan(folder: str) -> bool:
+    """Tell whether the plan in a folder can be read."""
+    with contextlib.suppress(PackError):
+        read_plan(folder)
+        return True
+    return False
 
 
 def _same_samples(before: Plan, plan: Plan) -> bool:

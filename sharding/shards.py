@@ -7,6 +7,7 @@ or replaces shards asks here for their names.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import BinaryIO, NamedTuple
 
 from sharding.archive import FastTarWriter
-from sharding.errors import InputError, count, naming
+from sharding.errors import InputError, argument, count, naming
 from sharding.files import new_stamp, read_batches
 from sharding.samples import Sample
 
@@ -34,6 +35,7 @@ class Shard(NamedTuple):
     shard_id: int
     samples: int
     bytes: int  # size of the tar file
+    path: str
     how: str = "created"  # or, with --resume, "kept", or "created again" where files changed
 
     def report(self) -> str:
@@ -56,7 +58,7 @@ def check_shard_numbers(total_shards: int, samples: int, shard_id: int = 0) -> N
     if not 1 <= total_shards <= MAX_SHARDS:
         raise InputError(f"{total_shards} shards: choose a number from 1 to {MAX_SHARDS:,}")
     if not 0 <= shard_id < total_shards:
-        raise InputError(f"shard id {shard_id} is outside 0 to {total_shards - 1}")
+        raise InputError(f"{argument('shard_id')} {shard_id} is outside 0 to {total_shards - 1}")
     if total_shards > samples:
         raise InputError(
             f"{total_shards} shards for {count(samples, 'sample')}: choose at most {samples}"
@@ -85,15 +87,18 @@ def write_shard(
     partial = os.path.join(folder, f".{final[:-4]}-{secrets.token_hex(4)}")
     try:
         with naming(partial), open(partial, "xb", buffering=0) as stream:
+            with contextlib.suppress(OSError):  # tells others that it is no leftover
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stamp = write_samples(stream, source, samples, progress)
             os.fsync(stream.fileno())
             size = os.fstat(stream.fileno()).st_size
-        os.rename(partial, os.path.join(folder, f"{final[:-4]}.{stamp}" if staged else final))
+        path = os.path.join(folder, f"{final[:-4]}.{stamp}" if staged else final)
+        os.rename(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(partial)
         raise
-    return Shard(shard_id, len(samples), size)
+    return Shard(shard_id, len(samples), size, path)
 
 
 def write_samples(

@@ -6,10 +6,11 @@ In comes the folder of the shards, out goes a `wds.WebDataset`. Knows nothing of
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sharding.errors import InputError, PackError
@@ -49,6 +50,8 @@ def open_webdataset(
     spellings = sorted(wds.autodecode.imagespecs)
     if decode is not None and decode not in spellings:
         raise InputError(f"decode {decode!r}: choose None, or one of {', '.join(spellings)}")
+    if decode and decode.startswith("torch"):
+        importlib.import_module("torch")  # where it is missing, say so now
     shards, faults = find_shards(os.fspath(path))
     for kind, name in faults:
         raise PackError(f"{kind}: {name}")
@@ -61,9 +64,12 @@ def open_webdataset(
     )
     if shuffle_buffer > 0:  # anew from seed and epoch, however much of the last epoch was read
         dataset = dataset.compose(wds.detshuffle(shuffle_buffer, seed=seed))
+    required = _split(fields)
+    optional = _split(optional_fields) if optional_fields else []
+    wanted = {field for entry in required + optional for field in entry.split(";")}
+    dataset = dataset.map(functools.partial(_choose, wanted))
     if decode:
         dataset = dataset.decode(decode)
-    required, optional = _split(fields), _split(optional_fields)
     if optional:
         dataset = dataset.map(functools.partial(_fill, optional))
     return dataset.to_tuple(*required, *optional, none_is_error=not optional)
@@ -71,7 +77,16 @@ def open_webdataset(
 
 def _split(fields: str | Iterable[str]) -> list[str]:
     named = fields if isinstance(fields, str) else ",".join(fields)
-    return [entry.lower() for entry in named.split(",") if entry]
+    entries = [entry.lower() for entry in named.split(",")]
+    for field in (field for entry in entries for field in entry.split(";")):
+        if not field or field.split() != [field]:
+            raise InputError(f'fields {named!r}: {field!r} is no field; write e.g. "jpg,txt"')
+    return entries
+
+
+def _choose(wanted: Container[str], sample: dict[str, Any]) -> dict[str, Any]:
+    """Return a sample with these fields alone, so that no other is decoded."""
+    return {f: data for f, data in sample.items() if f in wanted or f.startswith("__")}
 
 
 def _fill(optional: Sequence[str], sample: dict[str, Any]) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def test_a_running_cluster_is_not_joined(source, expected, cluster, tmp_path) ->
         (["--address=auto"], "--address needs --num-shards or --samples-per-shard", 2),
         (["--address=ray://127.0.0.1:1", "--num-shards=2"], "Ray's client is not used here", 2),
         (["--address=127.0.0.1:1", "--num-shards=2"], "Connection refused", 1),
-        (["--address=nonsense", "--num-shards=2"], "--address 'nonsense'", 1),
+        (["--address=nonsense", "--num-shards=2"], "give HOST:PORT, auto or local", 2),
     ],
 )
 def test_addresses(flags, message, code, tmp_path, capfd) -> None:

@@ -21,6 +21,7 @@ from conftest import ROOT, hashes, run_script, write_pairs
 
 import create_with_ray
 from sharding.folder import staged_shards
+from sharding.run import finish, load
 from sharding.shards import shard_name
 
 SUMMARY = r"1,003 samples in 5 shards, [\d,]+ bytes \(mean [\d,]+, largest [\d,]+\) in [\d.]+ s"
@@ -114,7 +115,7 @@ def test_shards_of_another_naming_are_named(tmp_path: Path) -> None:
     (output / "shard-00000000.tar").touch()
     done = run_script("run_parallel.sh", "--source", source, "--output", output)
     assert done.returncode == 0 and (output / "shard-00000000.tar").exists()
-    assert "has 1 file ('shard-00000000.tar') of another naming" in done.stderr
+    assert "has 1 file ('shard-00000000.tar') not named like its shards" in done.stderr
     done = run_script("read_webdataset.py", "--path", output, "--quiet")
     assert done.returncode == 1 and "stray file" in done.stderr and ": 1 fault\n" in done.stdout
 
@@ -259,7 +260,7 @@ def test_an_array_job(packed_by_bash: Path, source_1003: Path, tmp_path: Path) -
         assert os.path.exists(run) and len(staged_shards(run)) == 3
     taken = run_script("sharding", *begin, "--resume").stdout.strip()
     late = run_script("create_webdataset.py", "--run", run, "--shard-id=1")
-    assert late.returncode == 1 and "not there" in late.stderr, "its run was taken over"
+    assert late.returncode == 1 and "resumed in a new folder" in late.stderr
     done = run_script("create_webdataset.py", "--run", taken, "--shard-id=0", "--shard-step=1")
     assert re.findall(r"Shard (\d) (\w+)", done.stdout) == [
         ("0", "kept"), ("1", "created"), ("2", "created"), ("3", "kept"), ("4", "kept"),
@@ -271,10 +272,94 @@ def test_an_array_job(packed_by_bash: Path, source_1003: Path, tmp_path: Path) -
 
 
 def test_a_run_that_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "plan").touch()
     for command in (["sharding", "publish"], ["create_webdataset.py", "--shard-id=0"]):
         done = run_script(*command, "--run", tmp_path)
-        assert done.returncode == 1 and "is damaged, or not there" in done.stderr, done
+        assert done.returncode == 1 and f"no run in '{tmp_path}': it was published" in done.stderr
         assert done.stderr.count("\n") == 1
+        empty = run_script(*command, "--run", "")
+        assert empty.returncode == 2 and "--run is required" in empty.stderr, empty
+
+
+def start_array(source: Path, output: Path, *more: str) -> str:
+    """Start an array job of three shards, and pack them."""
+    done = run_script("sharding", "start", "--source", source, "--output", output, *more)
+    assert done.returncode == 0, done.stderr
+    run = done.stdout.strip()
+    pack = run_script("create_webdataset.py", "--run", run, "--shard-id=0", "--shard-step=1")
+    assert pack.returncode == 0, pack.stderr
+    return run
+
+
+@pytest.mark.parametrize("moved", [0, 2, 3])
+def test_a_publishing_that_was_cut(moved: int, tmp_path: Path) -> None:
+    """Killed before, between and behind its renames; the same command again finishes it."""
+    source, output = write_pairs(tmp_path / "source", 9), tmp_path / "o"
+    run = start_array(source, output, "--num-shards=3")
+    child = os.fork()
+    if not child:
+        rename, left = os.rename, [moved]
+
+        def rename_or_die(old: str, new: str) -> None:
+            if "shard-" in new or "gone-" in new:
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+            rename(old, new)
+
+        os.rename = rename_or_die
+        finish(load(run))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    late = run_script("create_webdataset.py", "--run", run, "--shard-id=0")
+    assert late.returncode == 1, "no task changes what is published"
+    done = run_script("sharding", "publish", "--run", run)
+    assert done.returncode == 0 and "now all shards are in place" in done.stdout, done
+    proof = run_script("read_webdataset.py", "--path", output, "--source", source, "--quiet")
+    assert proof.returncode == 0, proof.stderr
+    again = run_script("sharding", "publish", "--run", run)
+    assert again.returncode == 1 and "no run in" in again.stderr
+
+
+def test_two_versions_of_a_shard(tmp_path: Path) -> None:
+    """As of two attempts, between which a file changed: the right one stays."""
+    source, output = write_pairs(tmp_path / "source", 9), tmp_path / "o"
+    run = Path(start_array(source, output, "--num-shards=3"))
+    (run / f"shard-000001.{'0' * 32}").touch()
+    early = run_script("sharding", "publish", "--run", run)
+    assert early.returncode == 1 and "not packed: 1 shard (1)" in early.stderr
+    assert "--run DIR --shard-id I, then publish" in early.stderr
+    again = run_script("create_webdataset.py", "--run", run, "--shard-id=1")
+    assert again.stdout == "Shard 1 kept with 3 samples.\n"
+    (tmp_path / "link").symlink_to(run)
+    done = run_script("sharding", "publish", "--run", tmp_path / "link")
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(output)) == [shard_name(n) for n in range(3)]
+
+
+def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
+    """As of another version of the scripts: nothing that was packed goes in silence."""
+    source, output = write_pairs(tmp_path / "source", 9), tmp_path / "o"
+    run = Path(start_array(source, output, "--num-shards=3"))
+    (run / "plan").write_text('{"seed": null}\n')
+    done = run_script("run_parallel.sh", "--source", source, "--output", output)
+    assert done.returncode == 1 and "plan' cannot be read; remove its folder" in done.stderr
+    assert len(staged_shards(str(run))) == 3
+
+
+def test_an_output_that_is_not_utf_8(tmp_path: Path) -> None:
+    source, output = write_pairs(tmp_path / "source", 9), os.fsdecode(bytes(tmp_path) + b"/\xff")
+    flags = ["--source", source, "--output", output]
+    done = run_script("run_parallel.sh", *flags)
+    assert done.returncode == 0 and len(os.listdir(output)) == 4, done
+    done = run_script("create_with_ray.py", *flags)
+    assert done.returncode == 2 and "Ray cannot take a path that is not UTF-8" in done.stderr
+
+
+def test_a_file_as_output(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 9)
+    done = run_script("run_parallel.sh", "--source", source, "--output", source / "sample-0.txt")
+    assert done.returncode == 2 and "sample-0.txt' is no folder" in done.stderr, done
 
 
 def make_unreadable(source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import io
 import os
@@ -19,6 +20,7 @@ from conftest import ROOT, members, write_pairs
 from create_webdataset import create_webdataset
 from sharding import files
 from sharding.errors import PackError
+from sharding.folder import remove_leftovers
 from sharding.listing import list_samples
 from sharding.shards import write_shard
 
@@ -168,6 +170,50 @@ def test_open_files_stay_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_error_in_a_large_file_names_it() -> None:
-    file = files.LargeFile(os.open("/proc/self/mem", os.O_RDONLY), "sample-1.jpg", 100)
+    file = files.LargeFile(os.open("/proc/self/mem", os.O_RDONLY), "sample-1.jpg", 100, 0)
     with pytest.raises(OSError, match=r"'sample-1\.jpg'"):
         list(file.pieces(memoryview(bytearray(10))))
+
+
+def test_a_large_file_that_is_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same size, but while it is copied: the shard would hold what never was."""
+    source = write_pairs(tmp_path / "source", 2)
+    victim = source / "sample-1.jpg"
+    victim.write_bytes(bytes(4 << 20))
+    readinto = files.LargeFile.readinto
+
+    def touched(self: files.LargeFile, buffer: memoryview) -> int:
+        os.utime(victim, ns=(1, 1))
+        return readinto(self, buffer)
+
+    monkeypatch.setattr(files.LargeFile, "readinto", touched)
+    with pytest.raises(PackError, match=r"sample-1\.jpg.*changed"):
+        create_webdataset(source, tmp_path / "o", 0, 1)
+
+
+@pytest.mark.parametrize("slow_read", [1, -1], ids=["plain", "ahead"])
+def test_samples_of_many_files(slow_read: float, tmp_path: Path, monkeypatch) -> None:
+    """Neither open files nor memory grow with the number of fields."""
+    source, fields = tmp_path / "source", [f"f{number}" for number in range(70)]
+    source.mkdir()
+    for sample in range(20):
+        for field in fields:
+            (source / f"{sample}.{field}").touch()
+            os.truncate(source / f"{sample}.{field}", files.AHEAD_SIZE + 1)
+    monkeypatch.setattr(files, "SLOW_READ", slow_read)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
+    try:
+        create_webdataset(source, tmp_path, 0, 1, fields)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    (tmp_path / "shard-000000.tar").unlink()
+
+
+def test_a_shard_that_is_being_written_is_no_leftover(tmp_path: Path) -> None:
+    with (tmp_path / ".shard-000000-01234567").open("wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        remove_leftovers(str(tmp_path))
+        assert os.listdir(tmp_path)
+    remove_leftovers(str(tmp_path))
+    assert not os.listdir(tmp_path)

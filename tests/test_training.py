@@ -48,3 +48,22 @@ def test_training_pipeline_without_torch(tmp_path: Path, monkeypatch: pytest.Mon
         UserWarning, match=r"5 shards for 6 readers \(ranks: 2, workers of each: 3\)"
     ):
         list(open_webdataset(output, decode=None))
+
+
+def test_only_what_is_asked_for_is_decoded(tmp_path: Path) -> None:
+    """A text that is not UTF-8 harms nobody who wants no text; a pickle is not even looked at."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for field, data in {"cls": b"7", "txt": b"\xe9", "pyd": b"cos\nsystem\n(S'exit'\ntR."}.items():
+        (source / f"a.{field}").write_bytes(data)
+    create_webdataset(source, tmp_path / "o", 0, 1, "cls,txt,pyd")
+    assert list(open_webdataset(tmp_path / "o", "cls")) == [(7,)]
+    with pytest.raises(ValueError, match="didn't find"):
+        list(open_webdataset(tmp_path / "o", "cls,json"))
+
+
+@pytest.mark.parametrize("fields", ["jpg, txt", "jpg,", [""], "jpg;,txt", "a b"])
+def test_fields_that_cannot_be(fields, tmp_path: Path) -> None:
+    create_webdataset(write_pairs(tmp_path / "s", 1), tmp_path / "o", 0, 1)
+    with pytest.raises(InputError, match="is no field"):
+        open_webdataset(tmp_path / "o", fields, decode=None)

@@ -114,7 +114,7 @@ def test_how_to_pack_a_shard_again(good: tuple[Path, Path], tmp_path: Path, capf
     shutil.copytree(good[1], tmp_path / "o")
     os.truncate(tmp_path / "o" / "shard-000003.tar", 600)
     code, err = check(tmp_path / "o", capfd, "--source", good[0])
-    cure = f"--source {good[0]} --output {tmp_path}/o --shard-id 3 --total-shards 5, with the flags"
+    cure = f"--source {good[0]} --output {tmp_path}/o --shard-id 3 --total-shards 5, with the other"
     assert code == 1 and cure in err, err
 
 
