@@ -160,27 +160,11 @@ def prepare_staged(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     shard_ids = every(args, total)
 
     def pack(shard_id: int, progress: Progress) -> Shard:
-        if run.plan.driver and (os.getppid() != parent or not is_alive(run.plan.driver)):
-            raise DriverGone("the driver is gone, so its workers stop")
+        runs.check_driver(run, parent)
         return runs.pack(run, shard_id, progress)
 
     each, more = divmod(run.plan.total_samples, total)
     return shard_ids, sum(each + (shard_id < more) for shard_id in shard_ids), pack
-
-
-class DriverGone(PackError):
-    """The process that started this run has ended."""
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether there is a process of that id."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 @one_line_errors
@@ -193,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for shard_id in shard_ids:
             try:
                 line, stream = pack(shard_id, bar.update).report(), sys.stdout
-            except DriverGone:
+            except runs.DriverGone:
                 raise
             except (PackError, OSError) as error:
                 line, stream = f"Shard {shard_id} failed: {explain(error)}", sys.stderr

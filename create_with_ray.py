@@ -39,35 +39,35 @@ EXAMPLE = "  python create_with_ray.py --address 10.0.0.1:6379 --num-shards 1000
 
 
 class Signals:
-    """The polite signals: noted when they come, obeyed between two calls of Ray.
+    """Signals that end the run: noted when they arrive, obeyed between two calls of Ray.
 
     A handler that raised inside `ray.init` or `ray.shutdown` would crash the process.
     """
 
-    POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self.came = 0  # the first one
-        self.before = {number: signal.getsignal(number) for number in self.POLITE}
+        self.received = 0  # the first of them
+        self.previous = {number: signal.getsignal(number) for number in self.STOPPING}
 
     def catch(self) -> None:
-        """Note them from now on; to be called again after Ray has set its own handlers."""
-        for number in self.POLITE:
+        """Note signals from now on; call it again after Ray has set its own handlers."""
+        for number in self.STOPPING:
             signal.signal(number, self.note)
 
     def note(self, number: int, _frame: object) -> None:
         """Note a signal."""
-        self.came = self.came or number
+        self.received = self.received or number
 
     def obey(self) -> None:
-        """End the run if one has come, with the exit code that a shell gives it."""
-        if self.came:
+        """End the run if a signal was received, with the exit code that a shell gives it."""
+        if self.received:
             cure = "to continue, run the same command with --resume"
             print(f"create_with_ray.py: stopped; nothing was published; {cure}", file=sys.stderr)
-            raise SystemExit(128 + self.came)
+            raise SystemExit(128 + self.received)
 
     def wait(self, tasks: Iterable[Any]) -> list[Any]:
-        """Return those of the tasks that are done, as soon as there are any."""
+        """Return the tasks that are done, as soon as there are any."""
         import ray
 
         while True:
@@ -76,8 +76,8 @@ class Signals:
                 return list(done)
 
     def release(self) -> None:
-        """Give them back to who had them before."""
-        for number, handler in self.before.items():
+        """Restore the previous handlers."""
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
 
@@ -88,7 +88,7 @@ class Hiccup(Exception):
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = driver_parser("python create_with_ray.py", __doc__ or "", EXAMPLE)
-    add = parser.add_argument_group("a cluster that runs already").add_argument
+    add = parser.add_argument_group("an existing cluster").add_argument
     what = "HOST:PORT, auto, or local for an own one (default: $RAY_ADDRESS, else local)"
     add("--address", metavar="A", help=what)
     return parser

@@ -70,7 +70,7 @@ def start_run(argv: Sequence[str]) -> int:
 
 
 def publish_run(argv: Sequence[str]) -> int:
-    """Put the shards of a run in their final place, and print the summary."""
+    """Move the shards of a run into place, and print the summary."""
     what = "Move the finished shards of a run into place; fails if any is missing."
     parser = Parser("python sharding publish --run DIR", what, "")
     parser.add_argument("--run", metavar="DIR", required=True, help="what `start` printed")

@@ -77,7 +77,7 @@ def list_source(args: argparse.Namespace, report: Report | None = None) -> Listi
 
 
 def driver_parser(command: str, purpose: str, example: str = "") -> argparse.ArgumentParser:
-    """Return the flags of what packs all shards."""
+    """Return the parser that the drivers share."""
     where = "By default from source_data to webdataset_output beside this script."
     usual = f"  {command} --source raw --output out --num-workers 8 --num-shards 64"
     examples = f"examples:\n{usual}\n{usual} --resume\n{example}"
@@ -137,7 +137,7 @@ class ProgressBar:
 
 
 def drop_output() -> None:
-    """Send what stdout still holds to nowhere: nobody reads it, and to flush it would fail."""
+    """Discard what stdout still holds: nobody reads it, and flushing it would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,7 +1,7 @@
 """What is wrong with names or left out, by kind: counts, the first names, and the report of all.
 
-In come names one by one, while a source is listed or shards are checked; they are counted and
-written to the report at once, so that a million of them cost no memory.
+Names come one by one, while a source is listed or shards are checked. They are counted and written
+to the report at once, so that a million of them cost no memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading the files of samples: small ones whole and by the batch, ahead where they open slowly.
 
-Comes before the tar format: out go the members of a few samples at a time, and the sizes and times
-that tell a file from a later version of it.
+Output: the members of a few samples at a time, and the sizes and times that tell a file from a
+later version of it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def read_batches(
     cost two to three times what they save.
 
     Raises:
-        PackError: a file is no regular file any more, or its size changed under our hands.
+        PackError: a file is no longer a regular file, or was changed while it was read.
         OSError: a file cannot be read; it names the file.
     """
     source_fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)

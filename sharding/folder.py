@@ -1,7 +1,6 @@
 """What only a folder does: check an output, lock it, stage a run, publish it, find the shards.
 
-In come paths and numbers of shards. Apart, so that an object store can have the same few names in
-a file of its own.
+Kept separate so that an object store can offer the same few names in a file of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ INTERRUPTED = "publishing was interrupted; run the same command again, the one t
 
 
 def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
-    """Refuse an output in which shards cannot take, or would harm, what has their names."""
+    """Refuse an output where writing shards would fail or overwrite something."""
     refuse_url("output", output)
     name = f"{argument('output')} {os.fspath(output)!r}"
     inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(listing.source))
@@ -58,7 +57,7 @@ def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
 
 
 def lock_output(output: str) -> int:
-    """Take the lock of an output; it is gone when the last holder of the descriptor ends.
+    """Take the lock of an output; it is released when the last holder of the descriptor ends.
 
     Raises:
         PackError: another run holds it.
@@ -176,7 +175,7 @@ def publish(staging: str, total_shards: int) -> None:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Put the names in a folder on the disk, as fsync does for the content of a file."""
+    """Flush the names in a folder to the disk, as fsync does for the content of a file."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,6 +1,6 @@
 """What needs Pillow: the size of an image, decoding it in full, and the contact sheet.
 
-In come encoded images as bytes. Apart, so that nothing else waits for Pillow or trips over it.
+Input: encoded images, as bytes. Kept separate so that nothing else has to import Pillow.
 """
 
 from __future__ import annotations

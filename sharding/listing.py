@@ -1,7 +1,7 @@
 """Listing a source: from a folder of files to samples in the order in which they are dealt.
 
-Every name is a part of a sample, refused, or ignored, and in the last two cases counted by kind.
-Opens no file.
+Every name is part of a sample, or refused, or ignored; the last two are counted by kind. No file is
+opened.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The order of a run's steps: start it, pack each of its shards, finish it.
 
-A run packs one listing into one dataset. It waits in a hidden folder of the output, which holds its
-plan and its finished shards; whoever knows that folder and a shard's number can pack the shard.
+A run packs one listing into one dataset. Its hidden folder inside the output holds its plan and its
+finished shards; whoever knows that folder and a shard's number can pack the shard.
 """
 
 from __future__ import annotations
@@ -147,6 +147,24 @@ def pack(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
     return shard
 
 
+class DriverGone(PackError):
+    """The process that started a run has ended, so nobody would publish it."""
+
+
+def check_driver(run: Run, parent: int) -> None:
+    """Raise DriverGone if the driver of a run, or the parent that a worker had, is gone."""
+    if run.plan.driver is None:
+        return
+    try:
+        os.kill(run.plan.driver, 0)
+    except ProcessLookupError:
+        parent = -1
+    except PermissionError:
+        pass
+    if os.getppid() != parent:
+        raise DriverGone("the driver is gone, so its workers stop")
+
+
 def finish(run: Run) -> str:
     """Put the shards of a run in the place of the previous dataset; return the summary line.
 
@@ -215,7 +233,7 @@ _left_shards = functools.lru_cache(maxsize=1)(staged_shards)
 
 
 def _take_over(run: Run, resume: bool) -> None:
-    """Make what an interrupted run finished this run's own, if `resume` says so; clear the rest.
+    """Take over what an interrupted run had finished, if `resume` says so; clear the rest.
 
     Raises:
         PackError: an array job is there, which may still be at work.

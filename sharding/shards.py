@@ -1,7 +1,7 @@
 """A shard: its number and name, and how it is written, whole or not at all.
 
-In come the samples of one shard, out goes one tar file. Apart, since everything that finds, stages
-or replaces shards asks here for their names.
+Input: the samples of one shard. Output: one tar file. Kept separate because everything that finds,
+stages or replaces shards asks here for their names.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def shard_number(path: str) -> int:
 
 
 def check_shard_numbers(total_shards: int, samples: int, shard_id: int = 0) -> None:
-    """Refuse shard numbers that cannot be; an empty shard makes some readers fail."""
+    """Refuse impossible shard numbers; an empty shard makes some readers fail."""
     if not 1 <= total_shards <= MAX_SHARDS:
         raise InputError(f"{total_shards} shards: choose a number from 1 to {MAX_SHARDS:,}")
     if not 0 <= shard_id < total_shards:
@@ -73,7 +73,7 @@ def write_shard(
     progress: Progress | None = None,
     staged: bool = False,
 ) -> Shard:
-    """Write one tar of these samples; it has its name only when it is whole and on the disk.
+    """Write one tar of these samples; it gets its name only when it is whole and on the disk.
 
     Args:
         staged: the name ends in the stamp of the files instead of ".tar", so that it says what

@@ -1,6 +1,6 @@
 """From shards to a training pipeline: `open_webdataset`, and the stages that it adds to webdataset.
 
-In comes the folder of the shards, out goes a `wds.WebDataset`. Knows nothing of packing.
+Input: the folder of the shards. Output: a `wds.WebDataset`. Knows nothing of packing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def open_webdataset(
 
     Raises:
         InputError: there are no shards, or there is no such way to decode.
-        PackError: there are not just shards.
+        PackError: the folder also holds stray files.
     """
     import webdataset as wds
 

@@ -1,7 +1,7 @@
 """Checks and proof: what is wrong with each shard, and with all of them together.
 
-In come the paths of the shards and, for a proof, the source that they were packed from. A shard
-that is byte for byte what the source makes it is not looked at twice.
+Input: the paths of the shards and, for a proof, the source that they were packed from. A shard that
+equals, byte for byte, what the source makes of it is not looked at twice.
 """
 
 from __future__ import annotations
