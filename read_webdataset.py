@@ -31,7 +31,7 @@ from sharding.faults import left_out, open_report
 from sharding.folder import find_shards
 from sharding.samples import parse_fields
 from sharding.shards import MAX_SHARDS, shard_number
-from sharding.training import open_webdataset, plain_dataset
+from sharding.training import open_webdataset
 from sharding.verify import Checked, Faults, check_dataset, identify
 
 __all__ = ["open_webdataset"]  # for `from read_webdataset import open_webdataset`
@@ -47,10 +47,26 @@ def read_samples(shards: Sequence[str], limit: int | None) -> Iterator[dict[str,
     """Yield the first samples, whatever a training job's RANK or WORKER in the environment say."""
     if not shards:  # webdataset takes no empty list
         return iter(())
-    dataset = plain_dataset(
-        shards, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
+    import webdataset as wds
+
+    dataset = wds.WebDataset(
+        list(shards), shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
     )
+    dataset.pipeline = [
+        open_shards if isinstance(stage, wds.cache.StreamingOpen) else stage
+        for stage in dataset.pipeline
+    ]
     return islice(dataset, limit)
+
+
+def open_shards(urls: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Open each shard as the plain file it is; this takes the place of webdataset's own opener.
+
+    webdataset takes a path for a URL: it cuts "a#b" or "a?b" short, and runs "pipe:..." in a shell.
+    """
+    for url in urls:
+        with open(url["url"], "rb") as stream:
+            yield {"url": url["url"], "stream": stream}
 
 
 def one_line(text: str) -> str:

@@ -140,6 +140,19 @@ def test_two_ranks(packed: Path, tmp_path: Path, start: str) -> None:
     assert steps == others == [11, 11, 16, 16]
 
 
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_an_error_in_a_worker_names_the_sample(tmp_path: Path, start: str) -> None:
+    (tmp_path / "source").mkdir()
+    for number in range(4):
+        (tmp_path / "source" / f"{number}.txt").write_bytes(b"\xe9" if number == 2 else b"good")
+    for shard_id in range(2):
+        create_webdataset(tmp_path / "source", tmp_path / "o", shard_id, 2, "txt")
+    dataset = open_webdataset(tmp_path / "o", "txt", shuffle_buffer=0)
+    loader = torch.utils.data.DataLoader(dataset, num_workers=2, multiprocessing_context=start)
+    with pytest.raises(RuntimeError, match=r"shard-000000.tar': sample '2', field 'txt'"):
+        list(loader)
+
+
 @pytest.mark.parametrize("decode", ["torchrgb", "pilrgb"])
 def test_training(packed: Path, decode: str) -> None:
     dataset = open_webdataset(packed, decode=decode)
