@@ -18,6 +18,7 @@ HEAVY = {"PIL", "ray", "tqdm", "webdataset"}
 # Where a heavy module may be imported, and whether at the top.
 ALLOWED = {
     ("images", "PIL", True),
+    ("pipeline", "webdataset", True),
     ("training", "webdataset", False),
     ("command", "tqdm", False),
     ("create_with_ray", "ray", False),

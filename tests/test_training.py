@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
+import json
 import os
 import pickle
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset as wds
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from create_webdataset import create_webdataset
 from read_webdataset import open_webdataset
 from sharding.errors import InputError, PackError
-from sharding.training import read_samples
+from sharding.pipeline import read_samples
 
 NAMES = st.lists(
     st.tuples(
@@ -150,3 +153,66 @@ def test_fields_that_cannot_be(fields, tmp_path: Path) -> None:
     create_webdataset(write_pairs(tmp_path / "s", 1), tmp_path / "o", 0, 1)
     with pytest.raises(InputError, match="is no field"):
         open_webdataset(tmp_path / "o", fields, decode=None)
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 1, 10, 1_000])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_a_stopped_epoch_is_taken_up_exactly(tmp_path: Path, shuffle_buffer, shards: int) -> None:
+    """Stopped at many places of three epochs: the rest, and the next epoch, are as if unbroken."""
+    source, output = write_pairs(tmp_path / "source", 43), tmp_path / "o"
+    for shard_id in range(shards):
+        create_webdataset(source, output, shard_id, shards)
+
+    def open_it() -> Any:
+        return open_webdataset(
+            output, "__key__,jpg", decode=None, shuffle_buffer=shuffle_buffer, seed=3
+        )
+
+    unbroken = open_it()
+    epochs = [list(unbroken) for _ in range(4)]
+    if shuffle_buffer > 1:
+        assert len({tuple(key for key, _ in epoch) for epoch in epochs}) == 4
+    for place in [0, 1, 5, 11, 12, 30, 42, 43]:
+        for epoch in range(3):
+            dataset = open_it()
+            for _ in range(epoch):
+                list(dataset)
+            if place:  # else between two epochs, or before the first sample
+                list(itertools.islice(dataset, place))
+            state = json.loads(json.dumps(dataset.state_dict()))
+            assert len(json.dumps(state)) < 500
+            again = open_it()
+            again.load_state_dict(state)
+            assert list(again) == epochs[epoch][place:], (place, epoch)
+            assert list(again) == epochs[epoch + 1]
+            counted = open_it()
+            counted.load_state_dict({"epoch": epoch, "batches": place, "batch_size": 1})
+            assert list(counted) == epochs[epoch][place:]
+            chosen = open_it()
+            chosen.set_epoch(epoch)
+            assert list(chosen) == epochs[epoch]
+
+
+def test_states_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = write_pairs(tmp_path / "source", 12), tmp_path / "o"
+    for shard_id in range(4):
+        create_webdataset(source, output, shard_id, 4)
+    dataset = open_webdataset(output, decode=None)
+    list(dataset)
+    state = dataset.state_dict()
+    for wrong in ({}, {"epoch": "x"}, {"epoch": 1, "batches": 3}, 7):
+        with pytest.raises(InputError, match="this is no state of a dataset"):
+            dataset.load_state_dict(wrong)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    other = open_webdataset(output, decode=None)
+    other.load_state_dict(state)
+    with pytest.raises(PackError, match="the state is of 1 ranks with 1 workers each, not of 2"):
+        list(other)
+    monkeypatch.undo()
+    other = open_webdataset(output, decode=None)
+    other.load_state_dict({**state, "epoch": 0, "seen": 5})
+    (source / "sample-0.jpg").write_bytes(bytes(50_000))
+    create_webdataset(source, output, 0, 4)
+    with pytest.raises(PackError, match="is another shard than when the state was saved"):
+        list(other)

@@ -140,6 +140,54 @@ def test_two_ranks(packed: Path, tmp_path: Path, start: str) -> None:
     assert steps == others == [11, 11, 16, 16]
 
 
+def open_stateful(path: Path, num_workers: int, persistent: bool) -> Any:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    dataset = open_webdataset(path, "__key__", decode=None, shuffle_buffer=10, seed=1)
+    keep = persistent and num_workers > 0
+    return StatefulDataLoader(dataset, 4, num_workers=num_workers, persistent_workers=keep)
+
+
+@pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "anew"])
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_a_stopped_training_is_taken_up_exactly(packed, num_workers: int, persistent: bool) -> None:
+    """Stopped at each batch of an epoch, and between two: what follows is as if unbroken."""
+    loader = open_stateful(packed, num_workers, persistent)
+    epochs = read_epochs(loader, 4)
+    batches = len(list(loader))
+    places = (
+        range(batches + 1) if num_workers == 0 else (0, 1, 6, batches - 2, batches - 1, batches)
+    )
+    for epoch in range(3 if num_workers == 0 else 2):
+        for place in places:
+            loader = open_stateful(packed, num_workers, persistent)
+            read_epochs(loader, epoch)
+            batch = iter(loader)
+            seen = [key for _ in range(place) for key in next(batch)[0]]
+            assert seen == epochs[epoch][: len(seen)]
+            if place == batches:
+                assert next(batch, None) is None
+            again = open_stateful(packed, num_workers, persistent)
+            again.load_state_dict(loader.state_dict())
+            rest, after = read_epochs(again, 2)
+            if place == batches:
+                assert rest == epochs[epoch + 1], (epoch, place)
+            else:
+                assert (rest, after) == (epochs[epoch][len(seen) :], epochs[epoch + 1]), place
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_a_loop_that_counts_its_batches(packed: Path, num_workers: int) -> None:
+    """Without torchdata: epoch and number of batches are enough."""
+    loader = open_loader(packed, num_workers, batch_size=4)
+    first, second = ([key for (keys,) in loader for key in keys] for _ in range(2))
+    assert first != second
+    dataset = open_webdataset(packed, "__key__", decode=None, seed=0)
+    dataset.load_state_dict({"epoch": 1, "batches": 9, "batch_size": 4})
+    again = wds.WebLoader(dataset, num_workers=num_workers, batch_size=4)
+    assert [key for (keys,) in again for key in keys] == second[36:]
+
+
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_an_error_in_a_worker_names_the_sample(tmp_path: Path, start: str) -> None:
     (tmp_path / "source").mkdir()
