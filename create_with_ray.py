@@ -101,14 +101,15 @@ def find_address(args: argparse.Namespace) -> str | None:
         InputError: it cannot be used, or no flag says how many shards to pack there.
     """
     address = args.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address.startswith("ray://"):
+    name = "--address" if args.address else "RAY_ADDRESS"
+    if "://" in address:
         cure = "give the HOST:PORT of the cluster, or use `ray job submit`"
-        raise InputError(f"--address {address!r}: Ray's client is not used here; {cure}")
+        raise InputError(f"{name} {address!r}: Ray's client is not used here; {cure}")
     if address == "local":
         return None
     if not (args.num_shards or args.samples_per_shard or args.num_workers):
         reason = "the shards must not depend on the cluster"
-        raise InputError(f"--address needs --num-shards or --samples-per-shard: {reason}")
+        raise InputError(f"{name} needs --num-shards or --samples-per-shard: {reason}")
     return str(address)
 
 

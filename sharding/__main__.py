@@ -76,7 +76,8 @@ def publish_run(argv: Sequence[str]) -> int:
     parser.add_argument("--run", metavar="DIR", required=True, help="what `start` printed")
     args = parser.parse_args(argv)
     require(args, "run")
-    output = os.path.dirname(os.path.abspath(args.run))
+    args.run = os.path.abspath(args.run)
+    output = os.path.dirname(args.run)
     if is_staging(args.run) and not os.path.exists(args.run) and os.path.isdir(output):
         lock_output(output)
         if finish_publishing(output):

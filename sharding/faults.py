@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from sharding.errors import InputError, argument, count
@@ -57,14 +58,22 @@ class Report:
     """The report that `--report` asks for: JSON Lines, an object for each name.
 
     Each is {"name": below the source or in the shards, "reason": its kind, "detail": what is
-    special about this name}.
+    special about this name}. The file is opened with the first of them, so that a mistyped flag
+    costs nobody his last report.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self.stream: TextIO | None = None
+
+    def open(self) -> None:
+        """Begin the file anew."""
+        if self.path is not None and self.stream is None:
+            self.stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115  # see open_report
 
     def add(self, name: str, reason: str, detail: str = "") -> None:
         """Write a line."""
+        self.open()
         if self.stream:
             line = json.dumps({"name": name, "reason": reason, "detail": detail})
             self.stream.write(line + "\n")
@@ -75,19 +84,25 @@ def open_report(path: str | None, *folders: str | os.PathLike[str] | None) -> It
     """Open a report for writing; without a path, one that keeps nothing.
 
     Raises:
-        InputError: it lies in one of these folders, where it would be taken for data.
+        InputError: it cannot be written, or lies in one of these folders, where it would be taken
+            for data.
     """
-    if path is None:
-        yield Report()
-        return
-    parent = os.path.realpath(os.path.dirname(path))
-    for folder in folders:
-        real = os.path.realpath(folder or os.curdir)
-        if folder is not None and os.path.commonpath([parent, real]) == real:
-            message = f"{argument('report')} {path!r} is inside {os.fspath(folder)!r}"
-            raise InputError(f"{message}; choose a place elsewhere")
-    with open(path, "w", encoding="utf-8") as stream:
-        yield Report(stream)
+    report = Report(path)
+    if path is not None:
+        name, real = f"{argument('report')} {path!r}", os.path.realpath(path)
+        for folder in folders:
+            if folder is not None and Path(real).is_relative_to(os.path.realpath(folder)):
+                where = f"{name} is inside {os.fspath(folder)!r}"
+                raise InputError(f"{where}; choose a place elsewhere")
+        taken = os.path.exists(real) and not os.path.isfile(real)
+        if taken or not os.path.isdir(os.path.dirname(real)):
+            raise InputError(f"{name} is no place for a file")
+    try:
+        yield report
+        report.open()  # also where there is nothing to report
+    finally:
+        if report.stream:
+            report.stream.close()
 
 
 class Tally:

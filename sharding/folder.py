@@ -29,7 +29,10 @@ _STRAY_PATTERN = re.compile(r"shard-.*\.tar", re.DOTALL)  # what readers glob
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of flock: some Lustre and FUSE
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # of fsync on a folder: CIFS and the like
 LOCK_WAIT = 0.5  # seconds; the holder of a run that has just ended takes a moment to go
-INTERRUPTED = "publishing was interrupted; run the same command again, the one that packed"
+INTERRUPTED = (
+    "publishing was interrupted; run the same command again, the one that packed (of an array job: "
+    "the one that published)"
+)
 
 
 def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
@@ -39,6 +42,12 @@ def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
     inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(listing.source))
     if "tar" in listing.fields.known() and inside:
         raise InputError(f"{name} is inside {argument('source')}, whose tars it could replace")
+    if "tar" in listing.fields.known():  # a link may lead from the source to the output
+        here = os.path.realpath(output)
+        for file in (file for sample in listing.samples for file in sample.files()):
+            folder, base = os.path.split(os.path.realpath(os.path.join(listing.source, file)))
+            if folder == here and SHARD_PATTERN.fullmatch(base):
+                raise InputError(f"{name} holds {file!r} of {argument('source')}; choose another")
     if os.path.exists(output) and not os.path.isdir(output):
         raise InputError(f"{name} is no folder")
     strays = []
@@ -157,8 +166,14 @@ def is_publishing(staging: str) -> bool:
 
 def begin_publishing(staging: str) -> None:
     """Mark a run as one whose shards replace the previous ones."""
-    with open(os.path.join(staging, MARKER), "xb"):
-        sync_folder(staging)
+    path = os.path.join(staging, MARKER)
+    try:
+        with open(path, "xb"):
+            sync_folder(staging)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
 
 
 def publish(staging: str, total_shards: int) -> None:

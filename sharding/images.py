@@ -15,9 +15,12 @@ from PIL import Image, ImageDraw, ImageOps, ImageSequence
 
 from sharding.errors import InputError, argument
 
-IMAGE_FIELDS = {"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
-# Formats that Pillow decodes itself: for some others (EPS) it runs programs.
-FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
+# Formats that Pillow decodes itself, and their endings: for some others (EPS) it runs programs.
+FORMATS = ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
+IMAGE_FIELDS = {
+    "apng", "bmp", "gif", "ico", "j2c", "j2k", "jfif", "jp2", "jpe", "jpeg", "jpf", "jpg", "jpx",
+    "pbm", "pgm", "png", "pnm", "ppm", "tga", "tif", "tiff", "webp",
+}  # fmt: skip
 MAX_IMAGE = 256 << 20  # bytes of an image that is decoded in full
 THUMBNAIL = 144  # pixels of each side of a picture in a contact sheet
 MAX_PREVIEW = 1_000  # samples: more make an image larger than JPEG can be

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import re
+import stat
 import sys
 import time
 import unicodedata
@@ -69,6 +70,7 @@ def list_samples(
         raise InputError(f"{argument('replace_dots')} takes one character, such as _")
     scan = _Scan(os.fspath(source), parse_fields(fields, optional_fields), replace_dots, report)
     scan.skip_bad = skip_bad
+    scan.report.open()
     while scan.folders:
         scan.list_folder(*scan.folders.pop())
     skipped = {kind.reason: tally.number for kind, tally in scan.tallies.items()}
@@ -100,6 +102,8 @@ class _Scan:
         self.samples: list[Sample] = []
         self.tallies: dict[Kind, Tally] = defaultdict(Tally)
         self.ignored: Counter[str] = Counter()  # by extension
+        self.unknown: Counter[str] = Counter()  # the same, but from the first dot on
+        self.dotted: Counter[str] = Counter()  # names with a dot before the field, the same way
         self.lacking: Counter[str] = Counter()  # fields that samples lack
         self.irregular: dict[str, list[str]] = defaultdict(list)  # stem -> names that are no files
         self.forms: dict[str, str] = {}  # NFC form of an incomplete key -> the key
@@ -133,10 +137,17 @@ class _Scan:
                 if name[0] == ".":
                     continue
                 if not entry.is_file(follow_symlinks=False):
-                    if entry.is_dir(follow_symlinks=False) or os.path.isdir(entry.path):
+                    try:
+                        mode = os.stat(entry.path).st_mode  # of what a link leads to
+                    except PermissionError:
+                        self.fault(faults.DENIED, prefix + name)
+                        continue
+                    except OSError:
+                        mode = 0
+                    if stat.S_ISDIR(mode):
                         self.folders.append((f"{prefix}{name}/", (*parents, itself)))
                         continue
-                    if not os.path.isfile(entry.path):  # nor a link to one
+                    if not stat.S_ISREG(mode):
                         self.note_irregular(prefix, held, name)
                         continue
                 if dots is None:
@@ -187,7 +198,12 @@ class _Scan:
 
     def note_ignored(self, prefix: str, name: str) -> None:
         """Note a file that is no part of a sample."""
-        if name.lower().endswith(self.endings):
+        rest = name.partition(".")[2].lower()
+        dotted = name.lower().endswith(self.endings)
+        seen = self.dotted if dotted else self.unknown
+        if rest in seen or len(seen) < MAX_GROWN:
+            seen[rest] += 1
+        if dotted:
             self.fault(faults.DOTTED, prefix + name)
         else:
             self.ignore(prefix + name, name[name.rindex(".") :] if "." in name else "")
@@ -218,15 +234,14 @@ class _Scan:
                 kind, which = fault, ()
             elif dotted and dotted[name] > 1:
                 kind, which = faults.MEETING, ()
+            elif not kind and self.irregular and prefix + stem in self.irregular:
+                kind, which = faults.INCOMPLETE, ()
             elif not kind and self.skip_bad and not self.may_read(prefix + stem, extensions):
                 kind, which = faults.DENIED, ()
             if kind:
                 self.fault_of_stem(kind, prefix + stem, extensions, which)
             else:
                 self.samples.append(Sample(key, key if name is stem else prefix + stem, extensions))
-                if self.irregular:
-                    for irregular in self.irregular.pop(prefix + stem, ()):
-                        self.ignore(irregular, "not a regular file")
 
     def keys_with_dots(self, held: Iterable[str]) -> Counter[str]:
         """Return how many stems become each key once their dots are replaced."""
@@ -255,8 +270,9 @@ class _Scan:
                     self.ignore(name, f".{extension}")  # optional fields alone make no sample
                 return
             self.lacking.update(which)
-            detail = f"has no .{which[0].replace(';', ' or .')}"
-            shown = f"{quote(names[0])} {detail}" if names else ""
+            if which:
+                detail = f"has no .{which[0].replace(';', ' or .')}"
+                shown = f"{quote(names[0])} {detail}" if names else ""
             if irregular:
                 detail = "no regular file"
                 shown = f"{quote(irregular[0])} is {detail}"
@@ -278,6 +294,10 @@ class _Scan:
             first, cure = ", ".join(tally.first()), kind.cure
             if kind is faults.INCOMPLETE:
                 cure += self.hint()
+            if kind is faults.DOTTED:
+                rest, number = self.dotted.most_common(1)[0]
+                if number == tally.number:  # all end alike, so this may be a field
+                    cure += f", or {argument('optional_fields')} {rest}"
             cure += f"; {argument('skip_bad')} drops them"
             lines.append(f"{where} has {kind.what}: {tally.number:,} ({first}); {cure}")
         if lines and not skip_bad:
@@ -299,14 +319,12 @@ class _Scan:
             one, two = map(quote, self.same_form)
             return f"; {one} and {two} differ in Unicode form alone (NFC, NFD): give both one form"
         fields = [";".join(entry) for entry in self.fields.required]
-        lacking, number = self.lacking.most_common(1)[0]
-        if self.ignored:
-            extension, there = self.ignored.most_common(1)[0]
-            if extension[0] == "." and there >= number:
-                other = f"{lacking};{extension[1:]}" if self.samples else extension[1:]
-                fields[fields.index(lacking)] = other.lower()
-                spelled = f'{argument("fields")} "{",".join(fields)}"'
-                return f"; {extension} files are there ({there:,}): {spelled}?"
+        lacking, number = self.lacking.most_common(1)[0] if self.lacking else ("", 0)
+        extension, there = self.unknown.most_common(1)[0] if self.unknown else ("", 0)
+        if lacking and extension and there >= number:
+            fields[fields.index(lacking)] = f"{lacking};{extension}" if self.samples else extension
+            spelled = f'{argument("fields")} "{",".join(fields)}"'
+            return f"; .{extension} files are there ({there:,}): {spelled}?"
         if len(self.lacking) > 1 and not self.samples:
             either = ";".join(sorted(self.lacking))
             rest = [field for field in fields if field not in self.lacking]

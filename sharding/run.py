@@ -34,7 +34,7 @@ from sharding.folder import (
 )
 from sharding.listing import Listing
 from sharding.plan import PLAN, Plan, read_plan, read_shard, write_plan
-from sharding.shards import Progress, Shard, check_shard_numbers, write_shard
+from sharding.shards import Progress, Shard, check_shard_numbers, shard_name, write_shard
 
 
 class Run(NamedTuple):
@@ -172,7 +172,8 @@ def finish(run: Run) -> str:
         PackError: shards are missing; the previous dataset is untouched.
     """
     plan = run.plan
-    _check_complete(run)
+    if not is_publishing(run.folder):
+        _check_complete(run)
     # To stop now would leave neither the old dataset nor the new one.
     stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_IGN) for number in stopping]
@@ -200,22 +201,24 @@ def finish_publishing(output: str) -> bool:
 
 def _publish(run: Run) -> list[int]:
     """Put complete shards in their place, and return their sizes."""
-    moved = Run(move_staging(run.folder), run.plan)  # from here on, no late task changes anything
-    try:
-        staged = _check_complete(moved)
-    except PackError:
-        os.rename(moved.folder, run.folder)
-        raise
-    sizes = [os.stat(path).st_size for paths in staged.values() for path in paths]
-    begin_publishing(moved.folder)
-    publish(moved.folder, run.plan.total_shards)
+    folder = run.folder
+    if not is_publishing(folder):
+        folder = move_staging(folder)  # from here on, no late task changes anything
+        try:
+            _check_complete(Run(folder, run.plan))
+            begin_publishing(folder)
+        except BaseException:
+            os.rename(folder, run.folder)
+            raise
+    publish(folder, run.plan.total_shards)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(os.path.join(run.output, LOCK))
-    return sizes
+    names = map(shard_name, range(run.plan.total_shards))
+    return [os.stat(os.path.join(run.output, name)).st_size for name in names]
 
 
-def _check_complete(run: Run) -> dict[int, list[str]]:
-    """Return the staged shards of a run, of which each must be there once."""
+def _check_complete(run: Run) -> None:
+    """Refuse to publish a run unless each of its shards is there once."""
     staged = staged_shards(run.folder)
     missing = [str(n) for n in range(run.plan.total_shards) if len(staged.get(n, ())) != 1]
     if missing:
@@ -225,7 +228,6 @@ def _check_complete(run: Run) -> dict[int, list[str]]:
             cure = "pack them with create_webdataset.py --run DIR --shard-id I, then publish"
         shards = count(len(missing), "shard")
         raise PackError(f"not packed: {shards} ({first}); nothing was published; {cure}")
-    return staged
 
 
 # What killed runs left; read once in a process, for what is packed meanwhile is no such thing.

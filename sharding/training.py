@@ -33,7 +33,8 @@ def open_webdataset(
         path: folder of the shards.
         fields: what a sample is given as, in this order: "jpg,txt", or the fields one by one;
             "jpg;png" is the one of them that it has.
-        optional_fields: more of these, behind them; None where a sample has none.
+        optional_fields: more of these, behind them; None where a sample has none (of which a
+            DataLoader makes batches with a `collate_fn` alone).
         decode: what images become: "pilrgb", "torchrgb", ... as `decode` of webdataset says;
             None leaves every field as bytes.
         shuffle_buffer: samples that a worker holds to shuffle them; 0 keeps the order of the

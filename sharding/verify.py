@@ -7,11 +7,13 @@ equals, byte for byte, what the source makes of it is not looked at twice.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import multiprocessing
 import os
 import signal
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -64,7 +66,8 @@ class Checked(NamedTuple):
     size: int
     keys: Sequence[str]  # in order; none where it is proved: they are those of the source
     samples: int
-    field_sets: Mapping[tuple[str, ...], tuple[int, str]]  # fields -> how many keys, and one
+    # Fields -> how many keys have them, and these, unless the shard is proved.
+    field_sets: Mapping[tuple[str, ...], tuple[int, Sequence[str]]]
     faults: Sequence[Fault]
     empty: int = 0  # texts, as far as they were decoded
     sound: bool = True  # webdataset can read it
@@ -201,13 +204,17 @@ def compare_fields(reports: Sequence[Checked], fields: Fields, faults: Faults) -
         fit = fields.known().issuperset(found) and judge(found, fields)[0] is None
         return fields if fit else found
 
-    shapes = Counter(shape(found) for report in reports for found in report.field_sets)
-    usual = shapes.most_common(1)[0][0] if shapes else ()
+    shapes: Counter[tuple[str, ...] | Fields] = Counter()
     for report in reports:
-        for found, (_, key) in report.field_sets.items():
-            if shape(found) != usual:
+        for found, (number, _) in report.field_sets.items():
+            shapes[shape(found)] += number
+    usual = shapes.most_common(1)[0][0] if shapes else ()
+    kind = "fields differ from those of other samples; --fields and --optional-fields may allow it"
+    for report in reports:
+        for found, (_, keys) in report.field_sets.items():
+            for key in keys if shape(found) != usual else ():
                 text = f"{os.path.basename(report.path)}: {key!r} has {', '.join(found)}"
-                faults.add("fields differ from those of other samples", key, text)
+                faults.add(kind, key, text)
 
 
 def identify(paths: Sequence[str]) -> list[tuple[int, int, int]]:
@@ -241,7 +248,7 @@ def check_shard(task: Task) -> Checked:
                 write_samples(Comparison(stream), task.source, task.samples)
                 if not stream.read(1):
                     sets = Counter(map(_fields, task.samples))
-                    field_sets = {fields: (number, "") for fields, number in sets.items()}
+                    field_sets = {fields: (number, ()) for fields, number in sets.items()}
                     return Checked(
                         task.path, size, (), len(task.samples), field_sets, (), proved=True
                     )
@@ -254,7 +261,7 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Checked:
     """Read a shard member by member, and note what is wrong with it."""
     faults: list[Fault] = []
     keys: list[str] = []
-    field_sets: dict[tuple[str, ...], tuple[int, str]] = {}
+    field_sets: dict[tuple[str, ...], list[str]] = defaultdict(list)
     empty = 0
     expected = {sample.key: sample for sample in task.samples}
     current: set[str] = set()
@@ -264,7 +271,7 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Checked:
     def finish_sample() -> None:
         if keys:
             found, key = tuple(sorted(current)), keys[-1]
-            field_sets[found] = field_sets.get(found, (0, ""))[0] + 1, key
+            field_sets[found].append(key)
             sample = expected.get(key)
             if sample and found != _fields(sample):
                 faults.append(("fields differ from the source", key, repr(key)))
@@ -300,7 +307,8 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Checked:
     except Damaged as error:
         faults.append(("damaged", shard, str(error)))
     finish_sample()
-    return Checked(task.path, size, keys, len(keys), field_sets, faults, empty, sound)
+    sets = {fields: (len(having), having) for fields, having in field_sets.items()}
+    return Checked(task.path, size, keys, len(keys), sets, faults, empty, sound)
 
 
 def _fields(sample: Sample) -> tuple[str, ...]:
@@ -340,13 +348,17 @@ def _decode_content(member: str, stream: BinaryIO, length: int) -> Iterator[Faul
     """Yield what is wrong with a member that webdataset decodes."""
     from sharding import images  # here: Pillow is needed for this alone
 
-    if decoder := DECODERS.get(_ending(member)):
-        try:
+    shown, kind = member, "field that cannot be decoded"
+    try:
+        if _ending(member) == "gz":
+            member, stream = member[:-3], io.BytesIO(gzip.decompress(stream.read(length)))
+            length = len(stream.getbuffer())
+        if decoder := DECODERS.get(_ending(member)):
             decoder(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}"[:100]
-            yield "field that cannot be decoded", member, f"{member!r} ({reason})"
-    elif images.is_image(member):
+    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        yield kind, shown, f"{shown!r} ({type(error).__name__}: {error})"[:200]
+        return
+    if images.is_image(member):
         large = length > images.MAX_IMAGE
         data = b"" if large else stream.read(length)
         problem = "too large" if large else images.use_image(data, images.decode)[1]

@@ -164,7 +164,7 @@ def test_a_cluster_that_the_environment_names(source, expected, cluster, tmp_pat
     flags = ["--source", source, "--output", tmp_path / "o"]
     address = {"RAY_ADDRESS": cluster.address}
     done = run_script("create_with_ray.py", *flags, env=address)
-    assert done.returncode == 2 and "--address needs --num-shards" in done.stderr
+    assert done.returncode == 2 and "RAY_ADDRESS needs --num-shards" in done.stderr
     done = run_script("create_with_ray.py", *flags, f"--num-shards={SHARDS}", env=address)
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "o") == expected
@@ -223,6 +223,7 @@ def test_a_running_cluster_is_not_joined(source, expected, cluster, tmp_path) ->
     [
         (["--address=auto"], "--address needs --num-shards or --samples-per-shard", 2),
         (["--address=ray://127.0.0.1:1", "--num-shards=2"], "Ray's client is not used here", 2),
+        (["--address=http://127.0.0.1:1", "--num-shards=2"], "Ray's client is not used here", 2),
         (["--address=127.0.0.1:1", "--num-shards=2"], "Connection refused", 1),
         (["--address=nonsense", "--num-shards=2"], "give HOST:PORT, auto or local", 2),
     ],

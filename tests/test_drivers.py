@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, hashes, run_script, write_pairs
 
 import create_with_ray
-from sharding.folder import staged_shards
+from sharding.folder import staged_shards, staging_folders
 from sharding.run import finish, load
 from sharding.shards import shard_name
 
@@ -291,8 +291,9 @@ def start_array(source: Path, output: Path, *more: str) -> str:
     return run
 
 
+@pytest.mark.parametrize("by_its_new_name", [True, False])
 @pytest.mark.parametrize("moved", [0, 2, 3])
-def test_a_publishing_that_was_cut(moved: int, tmp_path: Path) -> None:
+def test_a_publishing_that_was_cut(moved: int, by_its_new_name: bool, tmp_path: Path) -> None:
     """Killed before, between and behind its renames; the same command again finishes it."""
     source, output = write_pairs(tmp_path / "source", 9), tmp_path / "o"
     run = start_array(source, output, "--num-shards=3")
@@ -313,8 +314,11 @@ def test_a_publishing_that_was_cut(moved: int, tmp_path: Path) -> None:
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     late = run_script("create_webdataset.py", "--run", run, "--shard-id=0")
     assert late.returncode == 1, "no task changes what is published"
-    done = run_script("sharding", "publish", "--run", run)
-    assert done.returncode == 0 and "now all shards are in place" in done.stdout, done
+    (real,) = staging_folders(output)
+    again = real if by_its_new_name else f"{run}/"
+    done = run_script("sharding", "publish", "--run", again)
+    said = "9 samples in 3 shards" if by_its_new_name else "now all shards are in place"
+    assert done.returncode == 0 and said in done.stdout, done
     proof = run_script("read_webdataset.py", "--path", output, "--source", source, "--quiet")
     assert proof.returncode == 0, proof.stderr
     again = run_script("sharding", "publish", "--run", run)

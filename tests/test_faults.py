@@ -547,3 +547,33 @@ def test_a_file_system_that_cannot_sync_a_folder(number: int, preload: str, tmp_
     environment["FSYNC_ERRNO"] = str(errno.EIO)
     done = run_script("run_parallel.sh", *flags(source, tmp_path / "p"), env=environment)
     assert done.returncode == 1 and "Input/output error" in done.stderr
+
+
+@pytest.mark.parametrize("what", ["files", "folder"])
+def test_tars_that_links_lead_to_are_safe(what: str, tmp_path: Path) -> None:
+    source, real = tmp_path / "source", tmp_path / "real"
+    source.mkdir()
+    real.mkdir()
+    for number in range(4):
+        (real / f"shard-00000{number}.tar").write_bytes(b"precious")
+        if what == "files":
+            (source / f"{number}.tar").symlink_to(real / f"shard-00000{number}.tar")
+    if what == "folder":
+        (source / "linked").symlink_to(real)
+    done = run_script("run_parallel.sh", *flags(source, real, "--fields=tar"))
+    assert done.returncode == 2 and "of --source; choose another" in done.stderr, done
+    assert len(hashes(real)) == 4
+
+
+def test_a_publishing_that_cannot_begin(preload: str, tmp_path: Path) -> None:
+    """The run stays where it was, for the same command to publish it later."""
+    source, output = write_pairs(tmp_path / "source", 8), tmp_path / "o"
+    begin = ["--source", source, "--output", output, "--num-shards=2"]
+    run = run_script("sharding", "start", *begin).stdout.strip()
+    run_script("create_webdataset.py", "--run", run, "--shard-id=0", "--shard-step=1")
+    broken = {"LD_PRELOAD": preload, "FSYNC_ERRNO": str(errno.EIO)}
+    done = run_script("sharding", "publish", "--run", run, env=broken)
+    assert done.returncode == 1 and "Input/output error" in done.stderr
+    done = run_script("sharding", "publish", "--run", run)
+    assert done.returncode == 0, done.stderr
+    assert len(os.listdir(output)) == 2

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import create_webdataset as core
 import read_webdataset as reader
 from sharding.errors import InputError
-from sharding.faults import Report
+from sharding.faults import open_report
 from sharding.listing import list_samples
 
 SOAK = bool(os.environ.get("SOAK"))
@@ -222,8 +222,7 @@ def test_a_report_among_the_data(where: str, tmp_path: Path, capfd) -> None:
 
 def test_many_faults_are_cheap(tmp_path: Path) -> None:
     """A hundred thousand names: their lines are written as they come."""
-    with (tmp_path / "report").open("w") as stream:
-        report = Report(stream)
+    with open_report(str(tmp_path / "report")) as report:
         began = time.process_time()
         for number in range(100_000):
             report.add(f"name-{number}.jpg", "incomplete", "has no .txt")
@@ -322,7 +321,8 @@ def model_of(source: str, fields: str, optional: str, dots: str | None) -> Model
             key.encode()
         except UnicodeEncodeError:
             good_name = False
-        no_sample = len(found) == len(files) and not any(f in e for e in required for f in found)
+        whole = len(found) == len(files)
+        no_sample = whole and not any(f in e for e in required for f in found)
         doubled = len(found) > len(set(found)) or keys[key] > 1
         one_each = all(sum(f in entry for f in set(found)) == 1 for entry in required)
         one_most = all(sum(f in entry for f in set(found)) <= 1 for entry in required + extra)
@@ -330,11 +330,10 @@ def model_of(source: str, fields: str, optional: str, dots: str | None) -> Model
             faults.update(path for path, _ in files)
         elif no_sample:
             ignored.update(path for path, _ in files)
-        elif not one_each:
+        elif not one_each or not whole:
             faults.update(path for path, _ in files)
         else:
             samples[key] = {field: path for path, field in files if field}
-            ignored.update(path for path, field in files if not field)
     return Model(samples, faults, ignored, hidden)
 
 
@@ -421,3 +420,67 @@ def test_as_the_model_says(tmp_path_factory, entries, fields, optional, dots, to
         proof = ["--path", str(root / "o"), "--source", source, "--quiet", "--skip-bad", *more]
         assert reader.main(proof) == 0
     shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.png", "z.json"])
+def test_a_dangling_link_is_not_left_out(name: str, tmp_path: Path) -> None:
+    """As where a volume with the annotations is not mounted: also if the field is optional."""
+    source = touch(tmp_path, "a.jpg", "a.txt", "b.jpg", "b.txt")
+    (source / name).symlink_to("/nowhere/x")
+    flags = {"fields": "jpg;png,txt", "optional_fields": "json"}
+    with pytest.raises(InputError, match=f"1 .'{name}' is no regular file"):
+        list_samples(source, **flags)
+    listing = list_samples(source, **flags, skip_bad=True)
+    assert [s.key for s in listing.samples] == (["a", "b"] if name[0] == "z" else ["b"])
+    assert listing.skipped == {"incomplete": 1} and not listing.ignored
+
+
+def test_a_link_below_a_denied_folder(tmp_path: Path) -> None:
+    prefix = []
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root reads everything")
+        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    source = write_pairs(tmp_path / "source", 2)
+    write_pairs(tmp_path / "secret" / "in", 2)
+    (source / "more").symlink_to(tmp_path / "secret" / "in")
+    (tmp_path / "secret").chmod(0)
+    flags = ["--source", source, "--output", tmp_path / "o", "--num-shards=1"]
+    done = run_script("run_parallel.sh", *flags, prefix=prefix)
+    (tmp_path / "secret").chmod(0o700)
+    assert done.returncode == 2 and "may not be read: 1 ('more')" in done.stderr, done
+
+
+def test_a_report_harms_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = write_pairs(tmp_path / "source", 2)
+    before = hashes(source)
+    (tmp_path / "link").symlink_to(source / "sample-0.jpg")
+    (tmp_path / "old").write_text("of an earlier run")
+    flags = ["--source", str(source), "--output", str(tmp_path / "o"), "--total-shards=1"]
+    for path, message in (
+        (tmp_path / "link", "is inside"),
+        ("/dev/null", "is no place for a file"),
+        (tmp_path / "no" / "folder", "is no place for a file"),
+        ("", "is no place for a file"),
+    ):
+        assert core.main([*flags, "--shard-id=0", "--report", str(path)]) == 2
+        assert message in capfd.readouterr().err
+    wrong = ["--replace-dots=__", "--report", str(tmp_path / "old")]
+    assert core.main([*flags, "--shard-id=0", *wrong]) == 2
+    assert (tmp_path / "old").read_text() == "of an earlier run" and hashes(source) == before
+
+
+def test_hints_that_work_when_followed(tmp_path: Path) -> None:
+    one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
+    touch(one, "a.jpg", "a.txt", "c.jpg", "d.json")
+    with pytest.raises(InputError) as caught:
+        list_samples(one, optional_fields="json")
+    assert "files are there" not in str(caught.value), "json is known already"
+    touch(two, "a.jpg", "a.caption.md")
+    with pytest.raises(InputError, match=r'fields "jpg,caption\.md"'):
+        list_samples(two)
+    assert len(list_samples(two, "jpg,caption.md").samples) == 1
+    touch(three, "7.jpg", "7.txt", "7.seg.jpg", "8.jpg", "8.txt")
+    with pytest.raises(InputError, match=r"or optional_fields seg\.jpg"):
+        list_samples(three)
+    assert len(list_samples(three, optional_fields="seg.jpg").samples) == 2

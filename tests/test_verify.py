@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -546,3 +547,42 @@ def test_paths_are_never_run(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPa
         said = capfd.readouterr().err
         assert ("URLs are not supported" if "//1" in path else "No such file") in said
     assert not os.listdir(tmp_path)
+
+
+def test_fields_are_counted_by_the_sample(tmp_path: Path, capfd) -> None:
+    """The few are named, each of them, and not the many; nor a shard that is proved."""
+    source, output, report = tmp_path / "source", tmp_path / "o", tmp_path / "report"
+    write_pairs(source, 120)
+    for shard_id in range(3):
+        core.create_webdataset(source, output, shard_id, 3)
+    for name in ("shard-000001.tar", "shard-000002.tar"):
+        samples = samples_of(output / name)
+        rewrite(output / name, [(k, {"jpg": v["jpg"]}) for k, v in samples[:10]] + samples[10:])
+    code, err = check(output, capfd, "--report", report)
+    named = [json.loads(line) for line in report.read_text().splitlines()]
+    assert code == 1 and len(named) == 20 and all(" has jpg" in n["detail"] for n in named)
+    assert err.endswith("and 15 more\n") and "--optional-fields may allow it" in err
+    code, err = check(output, capfd, "--source", source, "--report", report)
+    named = [json.loads(line) for line in report.read_text().splitlines()]
+    assert code == 1 and all(n["name"] and "shard-000000" not in n["detail"] for n in named), err
+
+
+def test_more_that_training_could_not_decode(tmp_path: Path, capfd) -> None:
+    source, image = tmp_path / "source", io.BytesIO()
+    source.mkdir()
+    Image.new("L", (9, 9)).save(image, "PPM")
+    for key, good in (("a", True), ("b", False)):
+        for field, data in (
+            ("pgm", image.getvalue()),
+            ("jp2", None),
+            ("txt.gz", gzip.compress("né".encode())),
+            ("json.gz", gzip.compress(b"[1]")),
+        ):
+            if field == "jp2":
+                Image.new("L", (9, 9)).save(jp2 := io.BytesIO(), "JPEG2000")
+                data = jp2.getvalue()
+            (source / f"{key}.{field}").write_bytes(data if good else b"P5 9 9 255 garbage")
+    core.create_webdataset(source, tmp_path / "o", 0, 1, "pgm,jp2,txt.gz,json.gz")
+    code, err = check(tmp_path / "o", capfd, "--decode")
+    assert code == 1 and "'a." not in err, err
+    assert all(f"'b.{field}'" in err for field in ("pgm", "jp2", "txt.gz", "json.gz")), err
