@@ -26,15 +26,15 @@ from sharding.command import (
     one_line_errors,
     plain_interrupt,
 )
-from sharding.errors import PackError, count, explain
+from sharding.errors import InputError, PackError, count, explain
 from sharding.faults import left_out, open_report
 from sharding.folder import find_shards
 from sharding.samples import parse_fields
 from sharding.shards import MAX_SHARDS, shard_number
-from sharding.training import open_webdataset
+from sharding.training import count_samples, open_webdataset
 from sharding.verify import Checked, Faults, check_dataset, identify
 
-__all__ = ["open_webdataset"]  # for `from read_webdataset import open_webdataset`
+__all__ = ["count_samples", "open_webdataset"]  # to import from here
 TEXT_LIMIT = 200  # characters of a text that are printed
 USAGE = "read_webdataset.py --path DIR [options]"
 EXAMPLES = """examples:
@@ -143,7 +143,9 @@ def how_to_pack(shard: str, total: int, args: argparse.Namespace) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = Parser(USAGE, __doc__ or "", EXAMPLES)
-    parser.add_argument("--path", required=True, metavar="DIR", help="folder of the shards")
+    parser.add_argument(
+        "--path", required=True, metavar="DIR", help="folder of the shards, or a pattern of some"
+    )
     add = parser.add_argument_group("what to show").add_argument
     add("--limit", metavar="N", type=number_from(0), help="show the first N samples (default: all)")
     add("--quiet", action="store_true", help="print the summary alone")
@@ -170,6 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_preview(args.preview, drawn)
     fields = parse_fields(args.fields, args.optional_fields)
     shards, strays = find_shards(args.path)
+    whole = os.path.isdir(args.path)
+    if args.source is not None and not whole:
+        raise InputError("--source proves whole datasets: give their folder as --path")
     before = identify(shards)
     with open_report(args.report, args.source, args.path) as report:
         listing = None if args.source is None else list_source(args, report)
@@ -184,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 listing=listing,
                 decode=args.decode,
                 num_workers=args.num_workers,
+                whole=whole,
                 progress=bar.update,
             )
     sound = [report.path for report in reports if report.sound]

@@ -212,6 +212,7 @@ def reader(bench: Bench) -> list[Contestant]:
     proof = [*read, "--source", source, "--num-workers", "2"]
     return [
         Contestant("plain loop over wds.WebDataset", bench.script("wds-read", str(shards)), count),
+        Contestant("loop over open_webdataset", bench.script("ours-read", str(shards)), count),
         Contestant("read_webdataset.py", [read], count),
         Contestant("read_webdataset.py, 2 workers", [[*read, "--num-workers", "2"]], count),
         Contestant("read_webdataset.py --source, 2 workers", [proof], count),

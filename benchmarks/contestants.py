@@ -113,6 +113,15 @@ def wds_read(task: Task) -> None:
     print("counted", sum(1 for _ in wds.WebDataset(shards, shardshuffle=False)))
 
 
+def ours_read(task: Task) -> None:
+    """Read the shards in the folder `source` as a training does, undecoded."""
+    core()
+    from read_webdataset import open_webdataset
+
+    dataset = open_webdataset(task.source, decode=None, shuffle_buffer=0)
+    print("counted", sum(1 for _ in dataset))
+
+
 # ---------------------------------------------------------------- Ray
 
 
@@ -202,6 +211,7 @@ CONTESTANTS: dict[str, Callable[[Task], None]] = {
     "ours": ours,
     "ours-unsynced": ours_unsynced,
     "listing": listing,
+    "ours-read": ours_read,
     "wds-pack": wds_pack,
     "wds-read": wds_read,
     "ray-empty": ray_empty,

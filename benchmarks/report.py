@@ -208,6 +208,7 @@ TARGETS = (
         lambda runs: runs.memory("listing 1,000,000", "listing 1,000"),
         at_most=400,
     ),
+    ratio("reader", WDS, "loop over open_webdataset", least=4),
     ratio("reader", WDS, "read_webdataset.py, 2 workers", least=3),
     ratio("reader", WDS, "read_webdataset.py --source, 2 workers"),
 )

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import re
 import secrets
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from sharding.errors import InputError, PackError, argument, count, explain, refuse_url, warn
@@ -204,11 +205,16 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 def find_shards(path: str) -> tuple[list[str], list[tuple[str, str]]]:
     """Return the paths of the shards of a dataset, in order, and what is wrong: (kind, name).
 
+    Args:
+        path: a folder, or a pattern of paths of shards, such as "folder/shard-00000[0-3].tar".
+
     Raises:
         InputError: there are none.
         PackError: a run was cut short while its shards replaced the previous ones.
     """
     refuse_url("path", path)
+    if not os.path.isdir(path) and (chosen := glob.glob(path)):
+        return _chosen_shards(path, chosen), []
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         runs = staging_folders(path)
@@ -231,3 +237,14 @@ def find_shards(path: str) -> tuple[list[str], list[tuple[str, str]]]:
             cure = "an unfinished run is there: finish it with --resume, or publish it"
         raise InputError(f"{argument('path')} {path!r} has no shard-*.tar; {cure}")
     return shards, faults
+
+
+def _chosen_shards(path: str, chosen: Sequence[str]) -> list[str]:
+    """Return the shards that a pattern names, in order."""
+    for folder in {os.path.dirname(shard) or os.curdir for shard in chosen}:
+        if any(map(is_publishing, staging_folders(folder))):
+            raise PackError(f"{folder!r}: {INTERRUPTED}")
+    for shard in chosen:
+        if not SHARD_PATTERN.fullmatch(os.path.basename(shard)) or not os.path.isfile(shard):
+            raise InputError(f"{argument('path')} {path!r}: {shard!r} is no shard-*.tar")
+    return sorted(chosen, key=lambda shard: (os.path.basename(shard), shard))

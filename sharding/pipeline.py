@@ -36,7 +36,7 @@ class Position:
         self.fixed = False  # the next epoch is `epoch` itself, and not the one behind it
         self.batches: tuple[int, int] | None = None  # number and size, of all workers together
         self.readers: list[int] | None = None  # ranks and workers that the state is of
-        self.counts: dict[str, list[int]] = {}  # name of a shard -> its samples and bytes
+        self.counts: dict[str, list[int]] = {}  # path of a shard -> its samples and bytes
         self.shift = (
             0  # of the workers: the loader asks the first one first, whose turn it may not be
         )
@@ -135,13 +135,14 @@ def open_pipeline(
     shuffle_buffer: int,
     seed: int,
     handler: Callable[[Exception], bool] | None,
+    even: bool,
 ) -> TrainingDataset:
     """Return the pipeline; see `open_webdataset`."""
     position = Position()
     dataset = TrainingDataset(shards, shardshuffle=False, empty_check=False)
     dataset.position = position
     wanted = frozenset(field for entry in (*required, *optional) for field in entry.split(";"))
-    stages: list[Any] = [SplitShards(position, shuffle_buffer > 0, seed)]
+    stages: list[Any] = [SplitShards(position, shuffle_buffer > 0, seed, even)]
     stages.append(ReadShards(position, wanted))
     if shuffle_buffer > 0:
         stages.append(ShuffleSamples(position, shuffle_buffer, seed))
@@ -227,8 +228,8 @@ class ReadShards:
         position = self.position
         for url in urls:
             path = url["url"]
-            name, size = os.path.basename(path), os.path.getsize(path)
-            number, known_size = position.counts.get(name, (0, size))
+            size = os.path.getsize(path)
+            number, known_size = position.counts.get(path, (0, size))
             if known_size != size:
                 raise PackError(f"{path!r} is another shard than when the state was saved")
             if number and position.to_skip > 0:
@@ -238,7 +239,7 @@ class ReadShards:
             for sample in read_samples(path, self.wanted, lambda: position.to_skip > 0):
                 number += 1
                 yield sample
-            position.counts[name] = [number, size]
+            position.counts[path] = [number, size]
 
 
 @functools.lru_cache(maxsize=2)
@@ -267,7 +268,8 @@ class SplitShards:
     over time; a worker that is started anew for each epoch begins at the first one again.
     """
 
-    def __init__(self, position: Position, shuffle: bool, seed: int) -> None:
+    def __init__(self, position: Position, shuffle: bool, seed: int, even: bool) -> None:
+        self.even = even
         self.position = position
         self.shuffle = shuffle
         self.seed = seed
@@ -286,9 +288,9 @@ class SplitShards:
         if world_size == 1:
             rank, world_size = self.node
         readers, reader = world_size * num_workers, rank * num_workers + worker
-        if len(shards) < world_size:
+        if self.even and len(shards) < world_size:
             raise PackError(f"{len(shards)} shards for {world_size} ranks: pack at least as many")
-        if len(shards) < readers and reader == 0 and epoch == 0:
+        if self.even and len(shards) < readers and reader == 0 and epoch == 0:
             warnings.warn(
                 f"{len(shards)} shards for {readers} readers (ranks: {world_size}, "
                 f"workers of each: {num_workers}): some get no samples; pack more shards",

@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from sharding.archive import Damaged, read_members
 from sharding.errors import InputError, PackError
 from sharding.folder import find_shards
+from sharding.samples import split_name
 
 if TYPE_CHECKING:
     from sharding.pipeline import TrainingDataset
 
 
 def open_webdataset(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     fields: str | Iterable[str] = "jpg,txt",
     optional_fields: str | Iterable[str] = (),
     decode: str | None = "pilrgb",
     shuffle_buffer: int = 1_000,
     seed: int = 0,
     handler: Callable[[Exception], bool] | None = None,
+    even: bool = True,
 ) -> TrainingDataset:
     """Return a training pipeline over a dataset, for a DataLoader or wds.WebLoader.
 
     Args:
-        path: folder of the shards.
+        path: folder of the shards, or a pattern of some; of a list of these, all are read as one.
         fields: what a sample is given as, in this order: "jpg,txt", or the fields one by one;
             "jpg;png" is the one of them that it has.
         optional_fields: more of these, behind them; None where a sample has none (of which a
@@ -42,6 +45,8 @@ def open_webdataset(
         seed: of the order of shards and samples.
         handler: what happens to a sample that cannot be decoded, such as webdataset's
             `wds.warn_and_continue`; by default, it is a `PackError` that names it.
+        even: refuse fewer shards than ranks, as training in step needs. For an evaluation, False:
+            each sample is read once, though ranks and workers may get different numbers, or none.
 
     Raises:
         InputError: there are no shards, or there is no such way to decode.
@@ -56,12 +61,39 @@ def open_webdataset(
         raise InputError(f"decode {decode!r}: choose None, or one of {', '.join(spellings)}")
     if decode and decode.startswith("torch"):
         importlib.import_module("torch")  # where it is missing, say so now
-    shards, faults = find_shards(os.fspath(path))
-    for kind, name in faults:
-        raise PackError(f"{kind}: {name}")
+    paths = [path] if isinstance(path, (str, os.PathLike)) else path
+    shards = []
+    for each in paths:
+        found, faults = find_shards(os.fspath(each))
+        for kind, name in faults:
+            raise PackError(f"{kind}: {name}")
+        shards += found
     required = _split(fields)
     optional = _split(optional_fields) if optional_fields else []
-    return open_pipeline(shards, required, optional, decode, shuffle_buffer, seed, handler)
+    return open_pipeline(shards, required, optional, decode, shuffle_buffer, seed, handler, even)
+
+
+def count_samples(path: str | os.PathLike[str]) -> int:
+    """Return the number of samples in a dataset, from the headers of its shards.
+
+    Raises:
+        InputError: there are no shards.
+        PackError: a shard is damaged.
+    """
+    return sum(map(_count_shard, find_shards(os.fspath(path))[0]))
+
+
+def _count_shard(shard: str) -> int:
+    number, before = 0, None
+    try:
+        with open(shard, "rb", buffering=4 << 10) as stream:
+            for name, _ in read_members(stream, os.fstat(stream.fileno()).st_size):
+                key = split_name(name)[0]
+                number += key != before and key is not None
+                before = key
+    except Damaged as error:
+        raise PackError(f"{shard!r}: {error}") from None
+    return number
 
 
 def _split(fields: str | Iterable[str]) -> list[str]:

@@ -188,6 +188,33 @@ def test_a_loop_that_counts_its_batches(packed: Path, num_workers: int) -> None:
     assert [key for (keys,) in again for key in keys] == second[36:]
 
 
+def evaluate(rank: int, path: Path, folder: Path) -> None:
+    """Be one of two ranks: read what it gets, then gather what both have seen."""
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/store", timedelta(seconds=60), world_size=2, rank=rank
+    )
+    dataset = open_webdataset(path, "__key__", decode=None, shuffle_buffer=0, even=False)
+    loader = wds.WebLoader(dataset, num_workers=2, batch_size=4)
+    seen = [None, None]
+    torch.distributed.all_gather_object(seen, [key for (keys,) in loader for key in keys])
+    if rank == 0:
+        torch.save(seen, folder / "seen.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_an_evaluation_sees_each_sample_once(source: Path, tmp_path: Path) -> None:
+    """37 samples in 3 shards, on 2 ranks with 2 workers each."""
+    few = tmp_path / "few"
+    few.mkdir()
+    for key in KEYS[:37]:
+        for field in ("jpg", "txt"):
+            (few / f"{key}.{field}").symlink_to(source / f"{key}.{field}")
+    arguments = (pack(few, tmp_path / "o", 3), tmp_path)
+    torch.multiprocessing.start_processes(evaluate, arguments, 2, start_method="spawn")
+    first, second = torch.load(tmp_path / "seen.pt")
+    assert sorted(first + second) == KEYS[:37] and first and second
+
+
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_an_error_in_a_worker_names_the_sample(tmp_path: Path, start: str) -> None:
     (tmp_path / "source").mkdir()
