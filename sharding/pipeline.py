@@ -357,8 +357,10 @@ class MakeTuples:
 
     def value(self, sample: Mapping[str, Any], entry: str, alternatives: Sequence[str]) -> Any:
         """Return the field of a sample that an entry asks for."""
-        field = next((field for field in alternatives if field in sample), None)
-        if field is None:
+        for field in alternatives:
+            if field in sample:
+                break
+        else:
             if entry in self.optional:
                 return None
             raise PackError(f"{_name(sample)} has no field {entry!r}")
