@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import pickle
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,36 @@ def test_samples_are_those_of_webdataset(tmp_path_factory, named, kind: int) -> 
     assert list(read_samples(shard)) == theirs
     chosen = [{f: v for f, v in sample.items() if f[:2] == "__" or f == "txt"} for sample in theirs]
     assert list(read_samples(shard, {"txt"})) == chosen
+
+
+MAKERS = {
+    "GNU tar": ["tar", "-cf"],
+    "GNU tar, pax": ["tar", "--format=pax", "-cf"],
+    "bsdtar": ["bsdtar", "-cf"],
+}
+
+
+@pytest.mark.parametrize("maker", [*MAKERS, "ShardWriter"])
+def test_shards_of_other_tools(maker: str, tmp_path: Path) -> None:
+    """Long and other names, folders in the archive, empty files: as webdataset reads them."""
+    source = write_pairs(tmp_path / "source", 20)
+    (source / "d.e").mkdir()
+    for key in ("d.e/nested", "é" * 70, "x" * 120):
+        (source / f"{key}.jpg").write_bytes(key.encode())
+        (source / f"{key}.seg.PNG").touch()
+    shard = str(tmp_path / "shard.tar")
+    if maker == "ShardWriter":
+        with wds.ShardWriter(str(tmp_path / "%d.tar"), encoder=False, verbose=0) as sink:
+            for path in sorted(source.glob("*.jpg")):
+                sink.write({"__key__": path.stem, "jpg": path.read_bytes(), "txt": b""})
+        os.rename(tmp_path / "0.tar", shard)
+    elif not shutil.which(MAKERS[maker][0]):
+        pytest.skip(f"needs {maker}")
+    else:
+        names = sorted(os.listdir(source))
+        subprocess.run([*MAKERS[maker], shard, *names], cwd=source, check=True)
+    theirs = list(wds.WebDataset([shard], shardshuffle=False))
+    assert len(theirs) >= 20 and list(read_samples(shard)) == theirs
 
 
 @pytest.mark.parametrize("left", [0, 600, 5_000, -20_480])

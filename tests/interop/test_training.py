@@ -264,3 +264,29 @@ def test_the_loop_of_the_readme(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2_000:]
     assert len(re.findall(r"epoch \d: loss [\d.]+", done.stdout)) == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_that_is_stopped(ranks: int, tmp_path: Path) -> None:
+    """The losses of train.py, stopped twice and taken up again, are those of an unbroken run."""
+    made = run_script("make_dummy_data.sh", "75", tmp_path / "source")
+    assert made.returncode == 0, made.stderr
+    shards = pack(tmp_path / "source", tmp_path / "shards", SHARDS)
+
+    def train(name: str, *steps: str) -> list[str]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if ranks == 2 else []
+        script = Path(__file__).with_name("train.py")
+        done = subprocess.run(
+            [sys.executable, *launcher, script, shards, tmp_path / name, *steps],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2_000:]
+        return sorted(re.findall(r"epoch \d, rank \d, step \d+: loss [\d.]+", done.stdout))
+
+    unbroken = train("unbroken")
+    assert len(unbroken) >= 2 * ranks * (75 // (8 * ranks) - 1)
+    assert sorted(train("stopped", "3") + train("stopped", "7") + train("stopped")) == unbroken
