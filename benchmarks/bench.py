@@ -219,6 +219,29 @@ def reader(bench: Bench) -> list[Contestant]:
     ]
 
 
+def training(bench: Bench) -> list[Contestant]:
+    """20,000 samples of 8 KB + 40 B, read as bytes, inside a running interpreter."""
+    source, count = bench.data(20_000, 8192)
+    contestants = []
+    for name, writer, reader, peer in (
+        ("open_webdataset", "ours", "ours-read", False),
+        ("wds.WebDataset", "ours", "wds-read", False),
+        ("open_webdataset, 2 workers", "ours", "ours-loader", True),
+        ("wds.WebDataset, 2 workers", "ours", "wds-loader", True),
+        ("litdata", "litdata", "litdata-read", True),
+        ("mosaicml-streaming", "mds", "mds-read", True),
+    ):
+        made = bench.root / f"made-by-{writer}"
+        if not made.exists():
+            made.mkdir()
+            for job in bench.script(writer, source, 4 if writer == "ours" else 1, peer=peer):
+                job[job.index(str(bench.output))] = str(made)
+                subprocess.run(job, capture_output=True)
+        jobs = bench.script(reader, str(made), peer=peer)
+        contestants.append(Contestant(name, jobs, count, go=True))
+    return contestants
+
+
 def peers(bench: Bench) -> list[Contestant]:
     """20,000 samples of 8 KB + 40 B, packed by others and into other formats; whole commands."""
     source, count = bench.data(20_000, 8192)
@@ -243,7 +266,10 @@ def peers(bench: Bench) -> list[Contestant]:
     return contestants
 
 
-GROUPS = {f.__name__: f for f in (pack, large, slow, drivers, ray, shards, samples, reader, peers)}
+GROUPS = {
+    f.__name__: f
+    for f in (pack, large, slow, drivers, ray, shards, samples, reader, training, peers)
+}
 
 
 # ---------------------------------------------------------------- the race

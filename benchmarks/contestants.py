@@ -10,6 +10,7 @@ writes no tar prints how many samples it counted.
 from __future__ import annotations
 
 import glob
+import importlib
 import json
 import os
 import signal
@@ -60,13 +61,12 @@ def load_all(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
 # ---------------------------------------------------------------- this project
 
 
-def core() -> Any:
-    """Import create_webdataset.py, which lies one folder up."""
+def core(name: str = "create_webdataset", *more: str) -> Any:
+    """Import a script, which lies one folder up, and other modules."""
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    import create_webdataset
-
+    script, *_ = map(importlib.import_module, (name, *more))
     imported()
-    return create_webdataset
+    return script
 
 
 def ours(task: Task) -> None:
@@ -115,10 +115,8 @@ def wds_read(task: Task) -> None:
 
 def ours_read(task: Task) -> None:
     """Read the shards in the folder `source` as a training does, undecoded."""
-    core()
-    from read_webdataset import open_webdataset
-
-    dataset = open_webdataset(task.source, decode=None, shuffle_buffer=0)
+    reader = core("read_webdataset", "sharding.pipeline")
+    dataset = reader.open_webdataset(task.source, decode=None, shuffle_buffer=0)
     print("counted", sum(1 for _ in dataset))
 
 
@@ -207,6 +205,50 @@ def mds(task: Task) -> None:
         print("counted", sum(shard["samples"] for shard in json.load(stream)["shards"]))
 
 
+# ---------------------------------------------------------------- reading for a training
+
+
+def count(samples: Iterable[Any]) -> None:
+    """Print how many samples are read."""
+    print("counted", sum(1 for _ in samples))
+
+
+def ours_loader(task: Task) -> None:
+    """Read with open_webdataset in two workers."""
+    reader = core("read_webdataset", "sharding.pipeline", "torch")
+    from torch.utils.data import DataLoader
+
+    dataset = reader.open_webdataset(task.source, decode=None, shuffle_buffer=0)
+    count(DataLoader(dataset, batch_size=None, num_workers=CPUS))
+
+
+def wds_loader(task: Task) -> None:
+    """Read with wds.WebDataset in two workers."""
+    import webdataset as wds
+    from torch.utils.data import DataLoader
+
+    imported()
+    shards = sorted(glob.glob(f"{task.source}/*.tar"))
+    dataset = wds.WebDataset(shards, shardshuffle=False).to_tuple("jpg", "txt")
+    count(DataLoader(dataset, batch_size=None, num_workers=CPUS))
+
+
+def litdata_read(task: Task) -> None:
+    """Read the chunks of litdata."""
+    import litdata
+
+    imported()
+    count(litdata.StreamingDataset(f"{task.source}/chunks"))
+
+
+def mds_read(task: Task) -> None:
+    """Read the shards of mosaicml-streaming."""
+    from streaming import StreamingDataset
+
+    imported()
+    count(StreamingDataset(local=f"{task.source}/0", shuffle=False, batch_size=1))
+
+
 CONTESTANTS: dict[str, Callable[[Task], None]] = {
     "ours": ours,
     "ours-unsynced": ours_unsynced,
@@ -220,6 +262,10 @@ CONTESTANTS: dict[str, Callable[[Task], None]] = {
     "datasets": datasets_parquet,
     "litdata": litdata_optimize,
     "mds": mds,
+    "ours-loader": ours_loader,
+    "wds-loader": wds_loader,
+    "litdata-read": litdata_read,
+    "mds-read": mds_read,
 }
 
 

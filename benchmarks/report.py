@@ -209,6 +209,9 @@ TARGETS = (
         at_most=400,
     ),
     ratio("reader", WDS, "loop over open_webdataset", least=4),
+    ratio("training", "wds.WebDataset", "open_webdataset", "; aim 6", least=4),
+    ratio("training", "wds.WebDataset, 2 workers", "open_webdataset, 2 workers"),
+    ratio("training", "litdata", "open_webdataset", "; aim 1"),
     ratio("reader", WDS, "read_webdataset.py, 2 workers", least=3),
     ratio("reader", WDS, "read_webdataset.py --source, 2 workers"),
 )
