@@ -293,3 +293,13 @@ def test_an_evaluation_on_more_ranks_than_shards(tmp_path: Path, monkeypatch) ->
         dataset = open_webdataset(output, "__key__", decode=None, shuffle_buffer=0, even=False)
         found += [key for (key,) in dataset]
     assert sorted(found) == sorted(path.stem for path in source.glob("*.jpg"))
+
+
+def test_pipelines_can_be_mixed(tmp_path: Path) -> None:
+    mixed = []
+    for name, number in (("one", 40), ("two", 10)):
+        source = write_pairs(tmp_path / f"{name}-source", number)
+        create_webdataset(source, tmp_path / name, 0, 1)
+        mixed.append(open_webdataset(tmp_path / name, "__key__,txt", decode=None))
+    found = list(wds.RandomMix(mixed, [0.8, 0.2], longest=True))
+    assert len(found) == 50
