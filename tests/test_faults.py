@@ -292,7 +292,7 @@ def test_signals_end_ray_too(sent: signal.Signals, old_and_new, tmp_path: Path) 
     began = time.monotonic()
     process.send_signal(sent)
     _, err = process.communicate(timeout=30)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     assert process.returncode == 128 + sent and "Traceback" not in err, err
     assert "run the same command with --resume" in err
     assert shards(tmp_path / "o") == hashes(old)
