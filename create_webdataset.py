@@ -28,9 +28,8 @@ from sharding.errors import InputError, PackError, argument, explain
 from sharding.folder import (
     INTERRUPTED,
     check_output,
-    is_publishing,
+    cut_short,
     remove_leftovers,
-    staging_folders,
     sync_folder,
 )
 from sharding.listing import list_samples
@@ -134,7 +133,7 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     shard_ids = every(args, total)
     shards = {shard_id: deal(listing.samples, shard_id, total) for shard_id in shard_ids}
     os.makedirs(args.output, exist_ok=True)
-    if any(map(is_publishing, staging_folders(args.output))):
+    if cut_short(args.output):
         raise PackError(INTERRUPTED)
     remove_leftovers(args.output, shard_ids)
 
@@ -163,8 +162,8 @@ def prepare_staged(args: argparse.Namespace) -> tuple[range, int, PackShard]:
         runs.check_driver(run, parent)
         return runs.pack(run, shard_id, progress)
 
-    each, more = divmod(run.plan.total_samples, total)
-    return shard_ids, sum(each + (shard_id < more) for shard_id in shard_ids), pack
+    places = range(run.plan.total_samples)
+    return shard_ids, sum(len(deal(places, shard_id, total)) for shard_id in shard_ids), pack
 
 
 @one_line_errors

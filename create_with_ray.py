@@ -28,7 +28,7 @@ from sharding.command import (
 )
 from sharding.errors import InputError, PackError, explain
 from sharding.plan import read_plan, read_shard
-from sharding.run import Run, finish, load, pack, start
+from sharding.run import STOPPING, Run, finish, load, pack, start
 from sharding.samples import NOT_UTF8
 from sharding.shards import Shard
 
@@ -44,15 +44,13 @@ class Signals:
     A handler that raised inside `ray.init` or `ray.shutdown` would crash the process.
     """
 
-    STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
     def __init__(self) -> None:
         self.received = 0  # the first of them
-        self.previous = {number: signal.getsignal(number) for number in self.STOPPING}
+        self.previous = {number: signal.getsignal(number) for number in STOPPING}
 
     def catch(self) -> None:
         """Note signals from now on; call it again after Ray has set its own handlers."""
-        for number in self.STOPPING:
+        for number in STOPPING:
             signal.signal(number, self.note)
 
     def note(self, number: int, _frame: object) -> None:

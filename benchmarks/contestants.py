@@ -110,14 +110,13 @@ def wds_read(task: Task) -> None:
 
     imported()
     shards = sorted(glob.glob(f"{task.source}/*.tar"))
-    print("counted", sum(1 for _ in wds.WebDataset(shards, shardshuffle=False)))
+    count(wds.WebDataset(shards, shardshuffle=False))
 
 
 def ours_read(task: Task) -> None:
     """Read the shards in the folder `source` as a training does, undecoded."""
     reader = core("read_webdataset", "sharding.pipeline")
-    dataset = reader.open_webdataset(task.source, decode=None, shuffle_buffer=0)
-    print("counted", sum(1 for _ in dataset))
+    count(reader.open_webdataset(task.source, decode=None, shuffle_buffer=0))
 
 
 # ---------------------------------------------------------------- Ray

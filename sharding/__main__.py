@@ -27,7 +27,7 @@ from sharding.command import (
 )
 from sharding.errors import InputError
 from sharding.folder import is_staging, lock_output
-from sharding.run import finish, finish_publishing, load, start
+from sharding.run import STOPPING, finish, finish_publishing, load, start
 
 USAGE = "python sharding start [options] | python sharding publish --run DIR"
 EXAMPLES = """examples:
@@ -51,13 +51,16 @@ def build_start_parser(for_bash: bool) -> argparse.ArgumentParser:
 
 def start_run(argv: Sequence[str]) -> int:
     """Start a run and print its folder; for run_parallel.sh, also hold the lock of its output."""
-    args = build_start_parser(for_bash="--hold" in argv[:1]).parse_args(argv)
+    for_bash = "--hold" in argv[:1]
+    if for_bash:
+        sys.argv[0] = "run_parallel.sh"
+    args = build_start_parser(for_bash).parse_args(argv)
     options = run_options(args)
     run, _lock = start(list_source(args), **options, driver=args.hold)
     if args.hold is None:
         sys.stdout.buffer.write(os.fsencode(run.folder) + b"\n")
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)  # the lock goes last
     workers = min(args.num_workers or NUM_WORKERS, run.plan.total_shards)
     sys.stdout.buffer.write(os.fsencode(run.folder) + b"\0%d\0" % workers)
@@ -95,10 +98,9 @@ def publish_run(argv: Sequence[str]) -> int:
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
-    step, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
-    rest = rest[:-1]
-    by_bash = step == "start" and rest[:1] == ["--hold"]
-    sys.argv[0] = "run_parallel.sh" if by_bash else "sharding"  # which signs the errors
+    argv = sys.argv[1:] if argv is None else argv
+    step, rest = argv[0] if argv else "", argv[1:]
+    sys.argv[0] = "sharding"  # which signs the errors
     if step == "start":
         return start_run(rest)
     if step == "publish":

@@ -70,9 +70,8 @@ def list_source(args: argparse.Namespace, report: Report | None = None) -> Listi
     """List the source that the flags of `add_source_arguments` describe."""
     names = ("fields", "optional_fields", "replace_dots", "skip_bad", "shuffle")
     flags = {name: getattr(args, name) for name in names}
-    if report:
-        return list_samples(args.source, **flags, report=report)
-    with open_report(args.report, args.source, args.output) as report:
+    own = None if report else open_report(args.report, args.source, args.output)
+    with own or contextlib.nullcontext(report) as report:
         return list_samples(args.source, **flags, report=report)
 
 

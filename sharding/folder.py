@@ -165,6 +165,11 @@ def is_publishing(staging: str) -> bool:
     return os.path.exists(os.path.join(staging, MARKER))
 
 
+def cut_short(output: str | os.PathLike[str]) -> list[str]:
+    """Return the staging folders of runs that were cut short while they were publishing."""
+    return list(filter(is_publishing, staging_folders(output)))
+
+
 def begin_publishing(staging: str) -> None:
     """Mark a run as one whose shards replace the previous ones."""
     path = os.path.join(staging, MARKER)
@@ -217,10 +222,10 @@ def find_shards(path: str) -> tuple[list[str], list[tuple[str, str]]]:
         return _chosen_shards(path, chosen), []
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        runs = staging_folders(path)
+        interrupted = cut_short(path)
     except OSError as error:
         raise InputError(f"{argument('path')}: {explain(error)}") from None
-    if any(map(is_publishing, runs)):
+    if interrupted:
         raise PackError(f"{path!r}: {INTERRUPTED}")
     shards, faults = [], []
     for entry in entries:
@@ -233,7 +238,7 @@ def find_shards(path: str) -> tuple[list[str], list[tuple[str, str]]]:
             faults.append(("stray file, which readers may take for a shard", entry.name))
     if not shards:
         cure = "pack some with ./run_parallel.sh"
-        if runs:
+        if staging_folders(path):
             cure = "an unfinished run is there: finish it with --resume, or publish it"
         raise InputError(f"{argument('path')} {path!r} has no shard-*.tar; {cure}")
     return shards, faults
@@ -242,7 +247,7 @@ def find_shards(path: str) -> tuple[list[str], list[tuple[str, str]]]:
 def _chosen_shards(path: str, chosen: Sequence[str]) -> list[str]:
     """Return the shards that a pattern names, in order."""
     for folder in {os.path.dirname(shard) or os.curdir for shard in chosen}:
-        if any(map(is_publishing, staging_folders(folder))):
+        if cut_short(folder):
             raise PackError(f"{folder!r}: {INTERRUPTED}")
     for shard in chosen:
         if not SHARD_PATTERN.fullmatch(os.path.basename(shard)) or not os.path.isfile(shard):

@@ -68,14 +68,14 @@ def list_samples(
     refuse_url("source", source)
     if replace_dots is not None and not re.fullmatch(r"[^\s./\\\0]", replace_dots):
         raise InputError(f"{argument('replace_dots')} takes one character, such as _")
-    scan = _Scan(os.fspath(source), parse_fields(fields, optional_fields), replace_dots, report)
-    scan.skip_bad = skip_bad
+    parsed = parse_fields(fields, optional_fields)
+    scan = _Scan(os.fspath(source), parsed, replace_dots, skip_bad, report or Report())
     scan.report.open()
     while scan.folders:
         scan.list_folder(*scan.folders.pop())
-    skipped = {kind.reason: tally.number for kind, tally in scan.tallies.items()}
+    skipped = scan.skipped()
     if not skip_bad or not scan.samples:
-        scan.refuse(skip_bad)
+        scan.refuse()
     if skip_bad and sum(skipped.values()) > len(scan.samples):
         names = f"{sum(skipped.values()):,} bad names"
         warn(f"{len(scan.samples):,} samples are left beside {names}; are the fields right?")
@@ -88,15 +88,20 @@ class _Scan:
     """What has been found so far in a source, and what is still to be listed."""
 
     def __init__(
-        self, source: str, fields: Fields, replace_dots: str | None, report: Report | None
+        self,
+        source: str,
+        fields: Fields,
+        replace_dots: str | None,
+        skip_bad: bool,
+        report: Report,
     ) -> None:
         self.source = source
         self.fields = fields
         self.known = fields.known()
         self.endings = tuple(f".{field}" for field in self.known)
         self.replace_dots = replace_dots
-        self.report = report or Report()
-        self.skip_bad = False
+        self.skip_bad = skip_bad
+        self.report = report
         # To be listed: "" or "cats/" below source, and what tells it and its parents from others.
         self.folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
         self.samples: list[Sample] = []
@@ -136,6 +141,10 @@ class _Scan:
                 name = entry.name
                 if name[0] == ".":
                     continue
+                if dots is None:
+                    stem, _, extension = name.partition(".")
+                else:
+                    stem, extension = self.split_at_field(name)
                 if not entry.is_file(follow_symlinks=False):
                     try:
                         mode = os.stat(entry.path).st_mode  # of what a link leads to
@@ -148,12 +157,12 @@ class _Scan:
                         self.folders.append((f"{prefix}{name}/", (*parents, itself)))
                         continue
                     if not stat.S_ISREG(mode):
-                        self.note_irregular(prefix, held, name)
+                        if extension.lower() in self.known:  # that field is lacking
+                            held.setdefault(stem, ())
+                            self.irregular[prefix + stem].append(prefix + name)
+                        else:
+                            self.ignore(prefix + name, "not a regular file")
                         continue
-                if dots is None:
-                    stem, _, extension = name.partition(".")
-                else:
-                    stem, extension = self.split_at_field(name)
                 before = held.get(stem, ())
                 try:
                     after = grown[before, extension]
@@ -184,17 +193,6 @@ class _Scan:
             self.grown.clear()
         self.grown[before, extension] = after
         return after
-
-    def note_irregular(self, prefix: str, held: dict[str, tuple[str, ...]], name: str) -> None:
-        """Note a name that is no file: a field of that name is lacking."""
-        stem, _, extension = name.partition(".")
-        if self.replace_dots is not None:
-            stem, extension = self.split_at_field(name)
-        if extension.lower() in self.known:
-            held.setdefault(stem, ())
-            self.irregular[prefix + stem].append(prefix + name)
-        else:
-            self.ignore(prefix + name, "not a regular file")
 
     def note_ignored(self, prefix: str, name: str) -> None:
         """Note a file that is no part of a sample."""
@@ -286,7 +284,11 @@ class _Scan:
         for name in names + irregular:
             self.report.add(name, kind.reason, detail)
 
-    def refuse(self, skip_bad: bool) -> None:
+    def skipped(self) -> dict[str, int]:
+        """Return how many names are bad, by reason."""
+        return {kind.reason: tally.number for kind, tally in self.tallies.items()}
+
+    def refuse(self) -> None:
         """Raise an InputError if the source has faults, or no complete sample."""
         where = f"{argument('source')} {self.source!r}"
         lines = []
@@ -300,15 +302,13 @@ class _Scan:
                     cure += f", or {argument('optional_fields')} {rest}"
             cure += f"; {argument('skip_bad')} drops them"
             lines.append(f"{where} has {kind.what}: {tally.number:,} ({first}); {cure}")
-        if lines and not skip_bad:
+        if lines and not self.skip_bad:
             raise InputError("\n".join(lines))
         if not self.samples:
             pair = [f"sample-0.{entry[0]}" for entry in self.fields.required]
             cure = f"put pairs such as {' + '.join(pair)} there, or give other {argument('fields')}"
             cure += faults.left_out("ignored", self.ignored)
-            cure += faults.left_out(
-                "skipped", {k.reason: t.number for k, t in self.tallies.items()}
-            )
+            cure += faults.left_out("skipped", self.skipped())
             if not self.ignored and not self.tallies:
                 cure += ", or make some with ./make_dummy_data.sh"
             raise InputError(f"{where} has no complete sample: {cure}")

@@ -37,9 +37,8 @@ class Position:
         self.batches: tuple[int, int] | None = None  # number and size, of all workers together
         self.readers: list[int] | None = None  # ranks and workers that the state is of
         self.counts: dict[str, list[int]] = {}  # path of a shard -> its samples and bytes
-        self.shift = (
-            0  # of the workers: the loader asks the first one first, whose turn it may not be
-        )
+        # Of the workers: a loader asks its first one first, whose turn it may not be.
+        self.shift = 0
         self.begun = False  # before its first sample was asked for
 
     def begin(self) -> None:
@@ -141,12 +140,12 @@ def open_pipeline(
     position = Position()
     dataset = TrainingDataset(shards, shardshuffle=False, empty_check=False)
     dataset.position = position
-    wanted = frozenset(field for entry in (*required, *optional) for field in entry.split(";"))
+    make_tuples = MakeTuples(position, required, optional, decode, handler)
     stages: list[Any] = [SplitShards(position, shuffle_buffer > 0, seed, even)]
-    stages.append(ReadShards(position, wanted))
+    stages.append(ReadShards(position, make_tuples.wanted))
     if shuffle_buffer > 0:
         stages.append(ShuffleSamples(position, shuffle_buffer, seed))
-    stages.append(MakeTuples(position, required, optional, decode, handler))
+    stages.append(make_tuples)
     dataset.pipeline = [dataset.pipeline[0], *stages]  # in place of how webdataset reads
     return dataset
 

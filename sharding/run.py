@@ -21,6 +21,7 @@ from sharding.folder import (
     LOCK,
     begin_publishing,
     check_output,
+    cut_short,
     is_publishing,
     is_staging,
     lock_output,
@@ -35,6 +36,8 @@ from sharding.folder import (
 from sharding.listing import Listing
 from sharding.plan import PLAN, Plan, read_plan, read_shard, write_plan
 from sharding.shards import Progress, Shard, check_shard_numbers, shard_name, write_shard
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that ask a run to end
 
 
 class Run(NamedTuple):
@@ -172,15 +175,12 @@ def finish(run: Run) -> str:
         PackError: shards are missing; the previous dataset is untouched.
     """
     plan = run.plan
-    if not is_publishing(run.folder):
-        _check_complete(run)
     # To stop now would leave neither the old dataset nor the new one.
-    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.signal(number, signal.SIG_IGN) for number in stopping]
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in STOPPING]
     try:
         sizes = _publish(run)
     finally:
-        for number, handler in zip(stopping, handlers, strict=True):
+        for number, handler in zip(STOPPING, handlers, strict=True):
             signal.signal(number, handler)
     return (
         f"{count(plan.total_samples, 'sample')} in {count(len(sizes), 'shard')}, "
@@ -193,7 +193,7 @@ def finish(run: Run) -> str:
 
 def finish_publishing(output: str) -> bool:
     """Finish a run that was cut short while its shards replaced the previous ones, if any."""
-    cut = [folder for folder in staging_folders(output) if is_publishing(folder)]
+    cut = cut_short(output)
     for folder in cut:
         publish(folder, read_plan(folder).total_shards)
     return bool(cut)
@@ -203,6 +203,7 @@ def _publish(run: Run) -> list[int]:
     """Put complete shards in their place, and return their sizes."""
     folder = run.folder
     if not is_publishing(folder):
+        _check_complete(run)  # before tasks that are still at work lose their folder
         folder = move_staging(folder)  # from here on, no late task changes anything
         try:
             _check_complete(Run(folder, run.plan))
@@ -240,15 +241,19 @@ def _take_over(run: Run, resume: bool) -> None:
     Raises:
         PackError: an array job is there, which may still be at work.
     """
-    left = [folder for folder in staging_folders(run.output) if folder != run.folder]
-    left.sort(key=lambda folder: -len(staged_shards(folder)))
+    others = (folder for folder in staging_folders(run.output) if folder != run.folder)
+    staged = {folder: len(staged_shards(folder)) for folder in others}
+    left = sorted(staged, key=lambda folder: -staged[folder])
     if resume and not left:
         warn("nothing to resume; packing all shards")
     taken = None
     for old in left:
-        if not staged_shards(old) and not _has_plan(old):
+        try:
+            before = read_plan(old)
+        except PackError:
+            if staged[old]:
+                raise
             continue  # it ended before it packed anything
-        before = read_plan(old)
         if resume and not taken and _same_samples(before, run.plan):
             taken = old
         elif before.driver is None:
@@ -265,14 +270,6 @@ def _take_over(run: Run, resume: bool) -> None:
     for old in left:
         if old != taken:
             remove_staging(old)
-
-
-def _has_plan(folder: str) -> bool:
-    """Tell whether the plan in a folder can be read."""
-    with contextlib.suppress(PackError):
-        read_plan(folder)
-        return True
-    return False
 
 
 def _same_samples(before: Plan, plan: Plan) -> bool:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from sharding import faults
 from sharding.errors import InputError, argument
 from sharding.faults import Kind
 
+T = TypeVar("T")
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8
 RESERVED_FOLDER = re.compile(r"__[^/]*__($|/)")  # in front of a name: webdataset drops it
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # see split_name
@@ -64,7 +65,7 @@ def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
     return (match[1], match[2]) if match else (None, None)
 
 
-def deal(samples: Sequence[Sample], shard_id: int, total_shards: int) -> Sequence[Sample]:
+def deal(samples: Sequence[T], shard_id: int, total_shards: int) -> Sequence[T]:
     """Return the samples of a shard: sample i belongs to shard i % total_shards."""
     return samples[shard_id::total_shards]
 
@@ -104,8 +105,7 @@ def judge(extensions: Iterable[str], fields: Fields) -> tuple[Kind | None, tuple
         extensions: of its files, those that are fields in some spelling, sorted in lower case.
 
     Returns:
-        (None, ()) for a complete sample, or for one that has optional fields alone: `is_sample`
-        tells these apart.
+        (None, ()) for a complete sample.
     """
     found = [extension.lower() for extension in extensions]
     again = tuple(sorted({field for field in found if found.count(field) > 1}))

@@ -322,9 +322,9 @@ def _compare_content(
     source: str | os.PathLike[str], sample: Sample, member: str, stream: BinaryIO, length: int
 ) -> Iterator[Fault]:
     """Yield what is wrong with a member's content, compared with its file; the stream stays."""
-    if member not in sample.members():
+    path = dict(zip(sample.members(), sample.files(), strict=True)).get(member)
+    if path is None:
         return
-    path = sample.files()[sample.members().index(member)]
     with open(os.path.join(source, path), "rb") as file:
         start = stream.tell()
         pieces = iter(lambda: file.read(1 << 20), b"")

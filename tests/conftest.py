@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,6 +28,24 @@ def write_pairs(folder: Path, count: int, largest: int = 2_000, seed: int = 0) -
         (folder / f"sample-{number}.jpg").write_bytes(rng.randbytes(rng.randrange(largest)))
         (folder / f"sample-{number}.txt").write_bytes(rng.randbytes(rng.randrange(50)))
     return folder
+
+
+def touch(folder: Path, *names: str) -> Path:
+    """Write files that hold their own names."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode("utf-8", "surrogateescape"))
+    return folder
+
+
+def without_privileges() -> list[str]:
+    """Return what a command begins with so that modes of files count, for root, too."""
+    if os.geteuid():
+        return []
+    if not shutil.which("setpriv"):
+        pytest.skip("root reads everything")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 
 
 def jpeg(width: int, height: int) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
-from conftest import hashes, members, run_script, write_pairs
+from conftest import hashes, members, run_script, touch, write_pairs
 
 import create_webdataset as core
 from sharding import __main__ as steps
@@ -25,13 +25,6 @@ def pack(source: Path, output: Path, *flags: str, total: int = 1) -> int:
     """Pack all shards of a source in this process."""
     argv = ["--source", str(source), "--output", str(output), "--total-shards", str(total)]
     return core.main([*argv, "--shard-id", "0", "--shard-step", "1", *flags])
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode("utf-8", "surrogateescape"))
 
 
 def fifo(folder: Path) -> None:

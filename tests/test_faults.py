@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, hashes, members, run_script, write_pairs
+from conftest import ROOT, hashes, members, run_script, without_privileges, write_pairs
 
 import create_webdataset as core
 import read_webdataset
@@ -81,10 +81,6 @@ def wait_for_lock(output: Path) -> None:
     raise AssertionError("the lock of a killed run is still held")
 
 
-def is_interrupted(output: Path) -> bool:
-    return any(map(folder.is_publishing, folder.staging_folders(output)))
-
-
 def kill_and_resume(
     driver: str, whole_group: bool, rng: random.Random, setup: tuple[Path, Path, Path], output: Path
 ) -> str:
@@ -100,7 +96,7 @@ def kill_and_resume(
     process.communicate(timeout=30)
     wait_for_lock(output)
 
-    interrupted = is_interrupted(output)
+    interrupted = folder.cut_short(output)
     if interrupted:
         assert read_webdataset.main(["--path", str(output), "--quiet"]) == 1
     else:
@@ -177,7 +173,7 @@ def test_kill_in_the_middle_of_publishing(
     assert core.main([*direct, "--shard-id=0", f"--total-shards={SHARDS}"]) == 1
     assert "publishing was interrupted" in capfd.readouterr().err
     bad = run_script("run_parallel.sh", *flags(source, output, "--num-shards=99999"))
-    assert bad.returncode == 2 and is_interrupted(output)
+    assert bad.returncode == 2 and folder.cut_short(output)
 
     monkeypatch.setenv("PYTHON", sys.executable)
     process = start("run_parallel.sh", *flags(source, output, f"--num-shards={SHARDS}"))
@@ -367,11 +363,7 @@ def test_permission_denied(where: str, tmp_path: Path) -> None:
     output.mkdir(mode=0o500 if where == "output" else 0o700)
     if where == "file":
         (source / "sample-2.txt").chmod(0)
-    prefix = []
-    if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("root reads everything")
-        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    prefix = without_privileges()
     done = subprocess.run(
         [*prefix, str(ROOT / "run_parallel.sh"), *flags(source, output, "--num-shards=2")],
         env={**os.environ, "PYTHON": sys.executable},

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import hashes, members, run_script, write_pairs
+from conftest import hashes, members, run_script, touch, without_privileges, write_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,15 +26,6 @@ from sharding.listing import list_samples
 
 SOAK = bool(os.environ.get("SOAK"))
 DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
-
-
-def touch(folder: Path, *names: str) -> Path:
-    """Write files that hold their own names."""
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode("utf-8", "surrogateescape"))
-    return folder
 
 
 def packed(output: Path) -> dict[str, bytes]:
@@ -244,11 +235,7 @@ def test_urls_are_refused(driver: str, flag: str, url: str, tmp_path: Path) -> N
 
 
 def test_denied_folders_and_files(tmp_path: Path) -> None:
-    prefix = []
-    if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("root reads everything")
-        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    prefix = without_privileges()
     source = write_pairs(tmp_path / "source", 4)
     (source / "d").mkdir(mode=0)
     flags = ["--source", source, "--output", tmp_path / "o", "--num-shards=1"]
@@ -436,11 +423,7 @@ def test_a_dangling_link_is_not_left_out(name: str, tmp_path: Path) -> None:
 
 
 def test_a_link_below_a_denied_folder(tmp_path: Path) -> None:
-    prefix = []
-    if os.geteuid() == 0:
-        if not shutil.which("setpriv"):
-            pytest.skip("root reads everything")
-        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    prefix = without_privileges()
     source = write_pairs(tmp_path / "source", 2)
     write_pairs(tmp_path / "secret" / "in", 2)
     (source / "more").symlink_to(tmp_path / "secret" / "in")
