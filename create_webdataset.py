@@ -33,6 +33,7 @@ from sharding.folder import (
     sync_folder,
 )
 from sharding.listing import list_samples
+from sharding.places import refuse_url
 from sharding.samples import deal
 from sharding.shards import (
     MAX_SHARDS,
@@ -88,6 +89,7 @@ def create_webdataset(
     )
     check_shard_numbers(total_shards, len(listing.samples), shard_id)
     samples = deal(listing.samples, shard_id, total_shards)  # [shard_id::total_shards]
+    refuse_url("output", output)
     check_output(output, listing)
     os.makedirs(output, exist_ok=True)
     return write_shard(source, samples, output, shard_id, progress)
@@ -129,6 +131,7 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     total = args.total_shards
     listing = list_source(args)
     check_shard_numbers(total, len(listing.samples), args.shard_id)
+    refuse_url("output", args.output)
     check_output(args.output, listing)
     shard_ids = every(args, total)
     shards = {shard_id: deal(listing.samples, shard_id, total) for shard_id in shard_ids}

@@ -28,11 +28,11 @@ from sharding.command import (
 )
 from sharding.errors import InputError, PackError, count, explain
 from sharding.faults import left_out, open_report
-from sharding.folder import find_shards
+from sharding.places import dataset_at
 from sharding.samples import parse_fields
 from sharding.shards import MAX_SHARDS, shard_number
 from sharding.training import count_samples, open_webdataset
-from sharding.verify import Checked, Faults, check_dataset, identify
+from sharding.verify import Checked, Faults, check_dataset
 
 __all__ = ["count_samples", "open_webdataset"]  # to import from here
 TEXT_LIMIT = 200  # characters of a text that are printed
@@ -60,12 +60,12 @@ def read_samples(shards: Sequence[str], limit: int | None) -> Iterator[dict[str,
 
 
 def open_shards(urls: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Open each shard as the plain file it is; this takes the place of webdataset's own opener.
+    """Open each shard as the file that it is; this takes the place of webdataset's own opener.
 
     webdataset takes a path for a URL: it cuts "a#b" or "a?b" short, and runs "pipe:..." in a shell.
     """
     for url in urls:
-        with open(url["url"], "rb") as stream:
+        with dataset_at(url["url"]).open_shard(url["url"]) as (stream, _):
             yield {"url": url["url"], "stream": stream}
 
 
@@ -171,11 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.preview is not None:
         check_preview(args.preview, drawn)
     fields = parse_fields(args.fields, args.optional_fields)
-    shards, strays = find_shards(args.path)
-    whole = os.path.isdir(args.path)
+    dataset = dataset_at(args.path)
+    shards, strays, whole = dataset.find_shards(args.path)
     if args.source is not None and not whole:
         raise InputError("--source proves whole datasets: give their folder as --path")
-    before = identify(shards)
+    before = dataset.identify(shards)
     with open_report(args.report, args.source, args.path) as report:
         listing = None if args.source is None else list_source(args, report)
         faults = Faults(report)
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise PackError(f"webdataset cannot read a shard: {explain(error)}") from None
     if args.preview is not None:
         preview(sound, drawn, args.preview)
-    if identify(shards) != before:
+    if dataset.identify(shards) != before:
         raise PackError(f"{args.path!r}: the dataset was replaced while it was read; run again")
     print_faults(faults)
     total = len(reports) + faults.numbers["missing shard"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -35,12 +34,6 @@ def argument(name: str) -> str:
     A Python caller reads `num_shards`; `explain` makes it `--num-shards`.
     """
     return f"\0{name}\0"
-
-
-def refuse_url(name: str, path: str | os.PathLike[str]) -> None:
-    """Refuse a URL where a folder is wanted; it would become a folder of that name."""
-    if re.match("[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)):
-        raise InputError(f"{argument(name)} {path!r}: URLs are not supported; give a folder")
 
 
 def count(number: int, noun: str) -> str:

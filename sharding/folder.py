@@ -15,18 +15,31 @@ import secrets
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-from sharding.errors import InputError, PackError, argument, count, explain, refuse_url, warn
-from sharding.listing import Listing
-from sharding.shards import MAX_SHARDS, PARTIAL_PATTERN, SHARD_PATTERN, STAGED_PATTERN, shard_name
+from sharding.errors import InputError, PackError, argument, count, explain, naming, warn
+from sharding.shards import (
+    MAX_SHARDS,
+    PARTIAL_PATTERN,
+    REPLACED,
+    SHARD_PATTERN,
+    STAGED_PATTERN,
+    STRAY,
+    STRAY_PATTERN,
+    Found,
+    shard_name,
+)
+
+if TYPE_CHECKING:
+    from sharding.listing import Listing
 
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 GONE = ".webdataset-gone-"  # begins the name of one that is being removed
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 LOCK = ".webdataset.lock"
-_STRAY_PATTERN = re.compile(r"shard-.*\.tar", re.DOTALL)  # what readers glob
+READ_SIZE = 1 << 20  # bytes read at a time
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of flock: some Lustre and FUSE
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # of fsync on a folder: CIFS and the like
 LOCK_WAIT = 0.5  # seconds; the holder of a run that has just ended takes a moment to go
@@ -38,7 +51,6 @@ INTERRUPTED = (
 
 def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
     """Refuse an output where writing shards would fail or overwrite something."""
-    refuse_url("output", output)
     name = f"{argument('output')} {os.fspath(output)!r}"
     inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(listing.source))
     if "tar" in listing.fields.known() and inside:
@@ -59,7 +71,7 @@ def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
                     raise InputError(
                         f"{entry.path!r} is a folder with a shard's name; move it away"
                     )
-            elif _STRAY_PATTERN.fullmatch(entry.name):
+            elif STRAY_PATTERN.fullmatch(entry.name):
                 strays.append(entry.name)
     if strays:
         found = f"{count(len(strays), 'file')} ({min(strays)!r})"
@@ -207,19 +219,13 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
-def find_shards(path: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Return the paths of the shards of a dataset, in order, and what is wrong: (kind, name).
+# ---------------------------------------------------------------- reading: see places.Dataset
 
-    Args:
-        path: a folder, or a pattern of paths of shards, such as "folder/shard-00000[0-3].tar".
 
-    Raises:
-        InputError: there are none.
-        PackError: a run was cut short while its shards replaced the previous ones.
-    """
-    refuse_url("path", path)
+def find_shards(path: str) -> Found:
+    """Return the shards in a folder, or those that a pattern of paths names."""
     if not os.path.isdir(path) and (chosen := glob.glob(path)):
-        return _chosen_shards(path, chosen), []
+        return Found(_chosen_shards(path, chosen), [], False)
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         interrupted = cut_short(path)
@@ -234,14 +240,14 @@ def find_shards(path: str) -> tuple[list[str], list[tuple[str, str]]]:
                 shards.append(entry.path)
             else:
                 faults.append(("not a file", entry.name))
-        elif _STRAY_PATTERN.fullmatch(entry.name):
-            faults.append(("stray file, which readers may take for a shard", entry.name))
+        elif STRAY_PATTERN.fullmatch(entry.name):
+            faults.append((STRAY, entry.name))
     if not shards:
         cure = "pack some with ./run_parallel.sh"
         if staging_folders(path):
             cure = "an unfinished run is there: finish it with --resume, or publish it"
         raise InputError(f"{argument('path')} {path!r} has no shard-*.tar; {cure}")
-    return shards, faults
+    return Found(shards, faults, True)
 
 
 def _chosen_shards(path: str, chosen: Sequence[str]) -> list[str]:
@@ -253,3 +259,32 @@ def _chosen_shards(path: str, chosen: Sequence[str]) -> list[str]:
         if not SHARD_PATTERN.fullmatch(os.path.basename(shard)) or not os.path.isfile(shard):
             raise InputError(f"{argument('path')} {path!r}: {shard!r} is no shard-*.tar")
     return sorted(chosen, key=lambda shard: (os.path.basename(shard), shard))
+
+
+def identify(shards: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Return what tells these shards from others that take their places."""
+    return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
+
+
+@contextlib.contextmanager
+def open_shard(path: str, buffering: int = READ_SIZE) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a shard; give the stream and its size."""
+    with naming(path), open(path, "rb", buffering=buffering) as stream:
+        status = os.fstat(stream.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        yield stream, status.st_size
+        if not os.path.samestat(status, os.stat(path)):
+            raise PackError(f"{path!r}: {REPLACED}")
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """Return a part of a shard."""
+    with naming(path), open(path, "rb", buffering=0) as stream:
+        stream.seek(offset)
+        return stream.read(size)
+
+
+def shard_size(path: str) -> int:
+    """Return the size of a shard in bytes."""
+    return os.path.getsize(path)

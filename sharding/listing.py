@@ -20,8 +20,9 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from sharding import faults
-from sharding.errors import InputError, argument, explain, refuse_url, warn
+from sharding.errors import InputError, argument, explain, warn
 from sharding.faults import Kind, Report, Tally, quote
+from sharding.places import refuse_url
 from sharding.samples import Fields, Sample, judge, name_fault, parse_fields
 
 MAX_GROWN = 100_000  # entries of a table that only saves time

@@ -7,23 +7,19 @@ position, from which a stopped training goes on exactly where it was.
 from __future__ import annotations
 
 import functools
-import os
 import random
 import sys
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import webdataset as wds
 from webdataset import autodecode
 from webdataset.utils import pytorch_worker_info
 
-from sharding.archive import Damaged, read_members
 from sharding.errors import InputError, PackError, count
-from sharding.samples import RESERVED_FOLDER, split_name
-
-READ_SIZE = 1 << 20  # bytes read at a time
-SCAN_SIZE = 4 << 10  # the same where headers alone are read
+from sharding.places import dataset_at
+from sharding.reading import Later, read_samples
 
 
 class Position:
@@ -153,68 +149,6 @@ def open_pipeline(
 # ---------------------------------------------------------------- reading
 
 
-class Later(NamedTuple):
-    """The content of a field that is read when it is asked for."""
-
-    path: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """Return the content."""
-        with open(self.path, "rb", buffering=0) as stream:
-            stream.seek(self.offset)
-            return stream.read(self.size)
-
-
-def read_samples(
-    path: str, wanted: Container[str] | None = None, later: Callable[[], bool] = lambda: False
-) -> Iterator[dict[str, Any]]:
-    """Yield the samples of a shard as `wds.WebDataset` does: fields by name, and `__key__`.
-
-    Args:
-        path: a plain path; webdataset would cut "a#b" short, and run "pipe:..." in a shell.
-        wanted: fields to read, in lower case; the bytes of others are passed over.
-        later: tells whether a content is to be a `Later` for now.
-
-    Raises:
-        PackError: the shard is damaged, or was replaced while it was read; it names the shard.
-    """
-    sample: dict[str, Any] = {}
-    seen: set[str] = set()
-    try:
-        with open(path, "rb", buffering=SCAN_SIZE if later() else READ_SIZE) as stream:
-            status = os.fstat(stream.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            for name, size in read_members(stream, status.st_size):
-                key, field = split_name(name)
-                if key is None or field is None:
-                    continue
-                if name[:2] == "__" and RESERVED_FOLDER.match(name):
-                    continue
-                field = field.lower()
-                if not sample or key != sample["__key__"]:
-                    if sample:
-                        yield sample
-                    sample = {"__key__": key, "__url__": path, "__local_path__": path}
-                    seen = set()
-                if field in seen:
-                    raise Damaged(f"field {field!r} occurs twice in sample {key!r}")
-                seen.add(field)
-                if wanted is None or field in wanted:
-                    if later():
-                        sample[field] = Later(path, stream.tell(), size)
-                    else:
-                        sample[field] = stream.read(size)
-            if sample:
-                yield sample
-        if not os.path.samestat(status, os.stat(path)):
-            raise Damaged("it was replaced while it was read")
-    except Damaged as error:
-        raise PackError(f"{path!r}: {error}") from None
-
-
 class ReadShards:
     """A stage that reads shards; it takes the place of webdataset's own."""
 
@@ -227,7 +161,7 @@ class ReadShards:
         position = self.position
         for url in urls:
             path = url["url"]
-            size = os.path.getsize(path)
+            size = dataset_at(path).shard_size(path)
             number, known_size = position.counts.get(path, (0, size))
             if known_size != size:
                 raise PackError(f"{path!r} is another shard than when the state was saved")

@@ -34,6 +34,7 @@ from sharding.folder import (
     staging_folders,
 )
 from sharding.listing import Listing
+from sharding.places import refuse_url
 from sharding.plan import PLAN, Plan, read_plan, read_shard, write_plan
 from sharding.shards import Progress, Shard, check_shard_numbers, shard_name, write_shard
 
@@ -80,6 +81,7 @@ def start(
         InputError: bad input; nothing was written.
         PackError: another run is packing into this output.
     """
+    refuse_url("output", output)
     check_output(output, listing)
     output, samples = os.path.abspath(output), listing.samples
     total = total_shards or -(-len(samples) // (samples_per_shard or len(samples)))

@@ -24,7 +24,10 @@ MAX_SHARDS = 10**DIGITS
 _NUMBERED = rf"shard-([0-9]{{{DIGITS}}})"
 SHARD_PATTERN = re.compile(rf"{_NUMBERED}\.tar")
 STAGED_PATTERN = re.compile(rf"{_NUMBERED}\.([0-9a-f]{{32}})")  # see write_shard
+STRAY_PATTERN = re.compile(r"shard-.*\.tar", re.DOTALL)  # what readers glob
 PARTIAL_PATTERN = re.compile(rf"\.{_NUMBERED}-[0-9a-f]{{8}}")
+STRAY = "stray file, which readers may take for a shard"
+REPLACED = "it was replaced while it was read"
 
 Progress = Callable[[int], object]  # is told how many more samples are done
 
@@ -41,6 +44,14 @@ class Shard(NamedTuple):
     def report(self) -> str:
         """Return the line that says what became of the shard."""
         return f"Shard {self.shard_id} {self.how} with {self.samples} samples."
+
+
+class Found(NamedTuple):
+    """What there is at a path."""
+
+    shards: list[str]  # their paths, in order
+    faults: list[tuple[str, str]]  # what is wrong: kind and name
+    whole: bool  # these must be all shards of a dataset; else a pattern chose them
 
 
 def shard_name(shard_id: int) -> str:

@@ -11,10 +11,9 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from sharding.archive import Damaged, read_members
 from sharding.errors import InputError, PackError
-from sharding.folder import find_shards
-from sharding.samples import split_name
+from sharding.places import dataset_at
+from sharding.reading import count_shard
 
 if TYPE_CHECKING:
     from sharding.pipeline import TrainingDataset
@@ -64,10 +63,10 @@ def open_webdataset(
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
     shards = []
     for each in paths:
-        found, faults = find_shards(os.fspath(each))
-        for kind, name in faults:
+        found = dataset_at(each).find_shards(os.fspath(each))
+        for kind, name in found.faults:
             raise PackError(f"{kind}: {name}")
-        shards += found
+        shards += found.shards
     required = _split(fields)
     optional = _split(optional_fields) if optional_fields else []
     return open_pipeline(shards, required, optional, decode, shuffle_buffer, seed, handler, even)
@@ -80,20 +79,7 @@ def count_samples(path: str | os.PathLike[str]) -> int:
         InputError: there are no shards.
         PackError: a shard is damaged.
     """
-    return sum(map(_count_shard, find_shards(os.fspath(path))[0]))
-
-
-def _count_shard(shard: str) -> int:
-    number, before = 0, None
-    try:
-        with open(shard, "rb", buffering=4 << 10) as stream:
-            for name, _ in read_members(stream, os.fstat(stream.fileno()).st_size):
-                key = split_name(name)[0]
-                number += key != before and key is not None
-                before = key
-    except Damaged as error:
-        raise PackError(f"{shard!r}: {error}") from None
-    return number
+    return sum(map(count_shard, dataset_at(path).find_shards(os.fspath(path)).shards))
 
 
 def _split(fields: str | Iterable[str]) -> list[str]:

@@ -22,10 +22,11 @@ from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 from sharding.archive import Damaged, read_members
-from sharding.errors import PackError, naming
+from sharding.errors import PackError
 from sharding.faults import SHOWN, Report
 from sharding.files import in_order
 from sharding.listing import Listing
+from sharding.places import dataset_at
 from sharding.samples import RESERVED_FOLDER, Fields, Sample, deal, judge, split_name
 from sharding.shards import shard_name, shard_number, write_samples
 
@@ -162,9 +163,8 @@ def count_shards(shards: Sequence[str], listed: Sequence[Sample]) -> int:
 def _first_keys(shard: str) -> list[str]:
     """Return the keys of the first few members of a shard, in order."""
     keys: dict[str, None] = {}
-    with open(shard, "rb") as stream, contextlib.suppress(Damaged):
-        members = read_members(stream, os.fstat(stream.fileno()).st_size)
-        for name, _ in islice(members, 64):
+    with dataset_at(shard).open_shard(shard) as (stream, size), contextlib.suppress(Damaged):
+        for name, _ in islice(read_members(stream, size), 64):
             keys[split_name(name)[0] or ""] = None
     return list(keys)
 
@@ -220,11 +220,6 @@ def compare_fields(reports: Sequence[Checked], fields: Fields, faults: Faults) -
                 faults.add(kind, key, text)
 
 
-def identify(paths: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Return what tells these shards from others that take their places."""
-    return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)]
-
-
 # ---------------------------------------------------------------- one shard
 
 
@@ -244,8 +239,7 @@ class Comparison(io.BytesIO):
 
 def check_shard(task: Task) -> Checked:
     """Check one shard: as a whole, if the source says what it must be, or member by member."""
-    with naming(task.path), open(task.path, "rb", buffering=1 << 16) as stream:
-        size = os.fstat(stream.fileno()).st_size
+    with dataset_at(task.path).open_shard(task.path, 1 << 16) as (stream, size):
         if task.samples and not task.decode:
             try:
                 write_samples(Comparison(stream), task.source, task.samples)

@@ -23,7 +23,7 @@ from create_webdataset import create_webdataset
 from read_webdataset import count_samples, open_webdataset
 from read_webdataset import main as read
 from sharding.errors import InputError, PackError
-from sharding.pipeline import read_samples
+from sharding.reading import count_shard, read_samples
 
 NAMES = st.lists(
     st.tuples(
@@ -58,6 +58,7 @@ def test_samples_are_those_of_webdataset(tmp_path_factory, named, kind: int) -> 
                     continue
     theirs = list(wds.WebDataset([shard], shardshuffle=False, empty_check=False))
     assert list(read_samples(shard)) == theirs
+    assert count_shard(shard) == len(theirs)
     chosen = [{f: v for f, v in sample.items() if f[:2] == "__" or f == "txt"} for sample in theirs]
     assert list(read_samples(shard, {"txt"})) == chosen
 
