@@ -28,7 +28,7 @@ from sharding.command import (
 )
 from sharding.errors import InputError, PackError, count, explain
 from sharding.faults import left_out, open_report
-from sharding.places import dataset_at
+from sharding.places import dataset_at, refuse_url
 from sharding.samples import parse_fields
 from sharding.shards import MAX_SHARDS, shard_number
 from sharding.training import count_samples, open_webdataset
@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = Parser(USAGE, __doc__ or "", EXAMPLES)
     parser.add_argument(
-        "--path", required=True, metavar="DIR", help="folder of the shards, or a pattern of some"
+        "--path", required=True, metavar="DIR", help="folder or URL of the shards, or a pattern"
     )
     add = parser.add_argument_group("what to show").add_argument
     add("--limit", metavar="N", type=number_from(0), help="show the first N samples (default: all)")
@@ -169,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             from sharding.images import check_preview
     if args.preview is not None:
+        refuse_url("preview", args.preview)
         check_preview(args.preview, drawn)
     fields = parse_fields(args.fields, args.optional_fields)
     dataset = dataset_at(args.path)

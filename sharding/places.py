@@ -48,19 +48,29 @@ class Dataset(Protocol):
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a path is a URL; whoever takes none would make a folder of that name."""
-    return bool(_URL.match(os.fspath(path)))
+    """Tell whether a path is a URL of a bucket.
+
+    Raises:
+        InputError: it is another URL; it would become a folder of that name.
+    """
+    scheme = _URL.match(os.fspath(path))
+    if scheme and scheme[1] != "s3":
+        raise InputError(f"{path!r}: such URLs are not supported; give a folder or s3://BUCKET/KEY")
+    return bool(scheme)
 
 
 def refuse_url(name: str, path: str | os.PathLike[str]) -> None:
     """Refuse a URL where a local path is wanted."""
-    if is_url(path):
-        raise InputError(f"{argument(name)} {path!r}: URLs are not supported; give a local path")
+    if _URL.match(os.fspath(path)):
+        raise InputError(f"{argument(name)} {path!r}: a URL cannot be used here; give a local path")
 
 
 def dataset_at(path: str | os.PathLike[str]) -> Dataset:
     """Return what finds and opens shards there."""
+    if is_url(path):
+        from sharding import bucket
+
+        return bucket
     from sharding import folder
 
-    refuse_url("path", path)
     return folder

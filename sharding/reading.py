@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from sharding.archive import Damaged, read_members
 from sharding.errors import PackError
-from sharding.places import dataset_at
+from sharding.places import dataset_at, is_url
 from sharding.samples import RESERVED_FOLDER, split_name
 
 READ_SIZE = 1 << 20  # bytes read at a time
@@ -42,6 +42,7 @@ def read_samples(
     Raises:
         PackError: the shard is damaged, or was replaced while it was read; it names the shard.
     """
+    where = {"__url__": path} if is_url(path) else {"__url__": path, "__local_path__": path}
     sample: dict[str, Any] = {}
     seen: set[str] = set()
     buffering = SCAN_SIZE if later() else READ_SIZE
@@ -57,7 +58,7 @@ def read_samples(
                 if not sample or key != sample["__key__"]:
                     if sample:
                         yield sample
-                    sample = {"__key__": key, "__url__": path, "__local_path__": path}
+                    sample = {"__key__": key, **where}
                     seen = set()
                 if field in seen:
                     raise Damaged(f"field {field!r} occurs twice in sample {key!r}")

@@ -9,14 +9,17 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from sharding.errors import InputError, PackError
-from sharding.places import dataset_at
+from sharding.places import dataset_at, is_url
 from sharding.reading import count_shard
 
 if TYPE_CHECKING:
     from sharding.pipeline import TrainingDataset
+
+COUNT_THREADS = 8  # each holds some 17 MB
 
 
 def open_webdataset(
@@ -32,7 +35,8 @@ def open_webdataset(
     """Return a training pipeline over a dataset, for a DataLoader or wds.WebLoader.
 
     Args:
-        path: folder of the shards, or a pattern of some; of a list of these, all are read as one.
+        path: folder or URL of the shards, or a pattern of some; of a list of these, all are read
+            as one.
         fields: what a sample is given as, in this order: "jpg,txt", or the fields one by one;
             "jpg;png" is the one of them that it has.
         optional_fields: more of these, behind them; None where a sample has none (of which a
@@ -79,7 +83,17 @@ def count_samples(path: str | os.PathLike[str]) -> int:
         InputError: there are no shards.
         PackError: a shard is damaged.
     """
+    if is_url(path):  # whoever counts here can fork no more
+        from sharding.store import apart
+
+        return int(apart("training", "count_in_bucket", os.fspath(path)))
     return sum(map(count_shard, dataset_at(path).find_shards(os.fspath(path)).shards))
+
+
+def count_in_bucket(url: str) -> int:
+    """Count in this process; see `count_samples`."""
+    with ThreadPoolExecutor(COUNT_THREADS) as pool:
+        return sum(pool.map(count_shard, dataset_at(url).find_shards(url).shards))
 
 
 def _split(fields: str | Iterable[str]) -> list[str]:

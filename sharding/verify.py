@@ -26,7 +26,7 @@ from sharding.errors import PackError
 from sharding.faults import SHOWN, Report
 from sharding.files import in_order
 from sharding.listing import Listing
-from sharding.places import dataset_at
+from sharding.places import dataset_at, is_url
 from sharding.samples import RESERVED_FOLDER, Fields, Sample, deal, judge, split_name
 from sharding.shards import shard_name, shard_number, write_samples
 
@@ -115,7 +115,9 @@ def check_dataset(
         faults.add("missing shard", shard_name(number), shard_name(number))
     reports: list[Checked] = []
     try:
-        for report in _check_in_parallel(tasks, min(num_workers, len(shards))):
+        # A process that is forked from one that used a store cannot use it.
+        method = "spawn" if is_url(shards[0]) or is_url(source) else None
+        for report in _check_in_parallel(tasks, min(num_workers, len(shards)), method):
             progress()
             reports.append(report)
             for kind, name, text in report.faults:
@@ -128,13 +130,16 @@ def check_dataset(
     return reports
 
 
-def _check_in_parallel(tasks: Iterator[Task], num_workers: int) -> Iterator[Checked]:
+def _check_in_parallel(
+    tasks: Iterator[Task], num_workers: int, method: str | None
+) -> Iterator[Checked]:
     """Yield the report of each task, in order, from this process or from several."""
     if num_workers == 1:
         yield from map(check_shard, tasks)
         return
     ignore = signal.SIGINT, signal.SIG_IGN
-    pool = ProcessPoolExecutor(num_workers, initializer=signal.signal, initargs=ignore)
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(num_workers, context, signal.signal, ignore)
     try:
         yield from in_order(pool, check_shard, tasks, 2 * num_workers)
     except BaseException:

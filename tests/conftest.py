@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import random
+import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import obstore
 import pytest
+from obstore.store import S3Store
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,8 +89,7 @@ def run_script(
         [*command, *map(str, arguments)],
         env=environment,
         text=True,
-        timeout=120,
-        **{**streams, **options},
+        **{**streams, "timeout": 120, **options},
     )
 
 
@@ -91,3 +97,97 @@ def run_script(
 def source_1003(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source of 1,003 pairs that tests only read."""
     return write_pairs(tmp_path_factory.mktemp("source") / "raw", 1_003)
+
+
+KEYS = {"AWS_ACCESS_KEY_ID": "a-key", "AWS_SECRET_ACCESS_KEY": "a-secret-of-tests"}
+FLAGS = "-filer -s3 -s3.port.iceberg=0 -s3.port.lance=0 -master.telemetry=false -volume.max=20"
+
+
+def free_ports(number: int) -> list[int]:
+    """Return ports that nothing listens on; ports 10,000 above them are free, too."""
+    ports: list[int] = []
+    while len(ports) < number:
+        port = random.randrange(12_000, 30_000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for each in (port, port + 10_000):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", each))
+            ports.append(port)
+    return ports
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 server on the loopback address; gives the environment that leads to it."""
+    folder = tmp_path_factory.mktemp("weed")
+    s3, volume, master, filer = free_ports(4)
+    ports = f"-s3.port={s3} -volume.port={volume} -master.port={master} -filer.port={filer}"
+    where = f"-dir={folder} -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.volumeSizeLimitMB=1024"
+    weed = str(Path(sys.executable).with_name("weed"))
+    process = subprocess.Popen(
+        [weed, "server", *f"{where} {ports} {FLAGS}".split()],
+        env={**os.environ, **KEYS},
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "log").open("wb"),
+    )
+    environment = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}"}
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            obstore.put(bucket_of(environment), "ready", b"")
+            break
+        except Exception:
+            assert time.monotonic() < deadline and process.poll() is None, "no server"
+            time.sleep(0.2)
+    yield environment
+    process.kill()
+    process.wait()
+
+
+def bucket_of(environment: dict[str, str]) -> S3Store:
+    """Return the bucket of the tests, without the project's help."""
+    return S3Store(
+        "tests",
+        endpoint=environment["AWS_ENDPOINT_URL"],
+        access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 0},
+    )
+
+
+class Bucket(NamedTuple):
+    """A prefix of its own for a test."""
+
+    url: str
+    prefix: str
+    store: S3Store
+
+    def put(self, key: str, data: bytes = b"") -> None:
+        """Write an object below the prefix."""
+        obstore.put(self.store, f"{self.prefix}/{key}", data)
+
+    def upload(self, folder: Path, below: str = "") -> str:
+        """Write the files below a folder, and return their URL."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.put(f"{below}{path.relative_to(folder)}", path.read_bytes())
+        return f"{self.url}/{below}".rstrip("/")
+
+    def hashes(self, below: str = "") -> dict[str, str]:
+        """Return the sha256 of every object below the prefix, by its key."""
+        prefix = f"{self.prefix}/{below}".rstrip("/")
+        keys = [item["path"] for item in obstore.list(self.store, prefix=prefix).collect()]
+        return {
+            key[len(prefix) + 1 :]: hashlib.sha256(obstore.get(self.store, key).bytes()).hexdigest()
+            for key in sorted(keys)
+        }
+
+
+@pytest.fixture
+def bucket(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A prefix of its own on the server, with the environment that leads to it."""
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    prefix = f"run-{secrets.token_hex(4)}"
+    return Bucket(f"s3://tests/{prefix}", prefix, bucket_of(server))

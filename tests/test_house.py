@@ -14,10 +14,12 @@ from conftest import ROOT, run_script, write_pairs
 
 SCRIPTS = ["create_webdataset", "create_with_ray", "read_webdataset"]
 ROOMS = sorted(path.stem for path in (ROOT / "sharding").glob("*.py"))
-HEAVY = {"PIL", "ray", "tqdm", "webdataset"}
+HEAVY = {"PIL", "obstore", "ray", "tqdm", "webdataset"}
 # Where a heavy module may be imported, and whether at the top.
 ALLOWED = {
+    ("bucket", "obstore", True),
     ("images", "PIL", True),
+    ("store", "obstore", True),
     ("pipeline", "webdataset", True),
     ("training", "webdataset", False),
     ("command", "tqdm", False),
@@ -123,7 +125,7 @@ def test_a_missing_package_says_how_to_install(name: str, tmp_path: Path) -> Non
 )
 def test_packing_needs_the_standard_library_alone(script: str, tmp_path: Path) -> None:
     """With stand-ins that end whoever imports them, a Ray worker included."""
-    for name in ("numpy", "torch", "webdataset", "PIL"):
+    for name in ("numpy", "torch", "webdataset", "PIL", "obstore"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(f'{__name__} was imported')")
     source, last = write_pairs(tmp_path / "source", 4), ["--num-shards=1"]
     if script == "create_webdataset.py":

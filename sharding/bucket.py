@@ -1,0 +1,99 @@
+"""What only a bucket does: find the shards of a dataset, and open them. See `places.Dataset`.
+
+A path is "s3://bucket/prefix". Writing is in bucket_run.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import obstore
+
+from sharding.errors import InputError, PackError, argument
+from sharding.shards import SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, shard_number
+from sharding.store import Ranges, apart, check_bucket, connect, saying, split
+
+PLAN = ".webdataset-plan"  # stands beside the shards until all are there; see bucket_run.py
+
+
+def find_shards(path: str) -> Found:
+    """Return the shards at a prefix, or those that a pattern names."""
+    shards, faults, whole = apart("bucket", "list_shards", path)
+    return Found(shards, [(kind, name) for kind, name in faults], whole)
+
+
+def list_shards(url: str) -> Found:
+    """List the shards at a prefix, in this process."""
+    check_bucket(url)
+    bucket, prefix = split(url)
+    names = list(_names(bucket, prefix))
+    if names:
+        folder, pattern = "/".join(filter(None, ("s3:/", bucket, prefix))), ""
+    else:  # the last part is a pattern, or the shard itself
+        prefix, _, pattern = prefix.rpartition("/")
+        folder = "/".join(filter(None, ("s3:/", bucket, prefix)))
+        names = list(_names(bucket, prefix))
+    if PLAN in names:
+        raise PackError(f"{folder!r}: a run is not finished; finish it with --resume")
+    if pattern:
+        names = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    shards = [f"{folder}/{name}" for name in names if SHARD_PATTERN.fullmatch(name)]
+    strays = [n for n in names if STRAY_PATTERN.fullmatch(n) and not SHARD_PATTERN.fullmatch(n)]
+    if not shards:
+        raise InputError(f"{argument('path')} {url!r} has no shard-*.tar; pack some")
+    return Found(
+        sorted(shards, key=shard_number), [(STRAY, n) for n in sorted(strays)], not pattern
+    )
+
+
+def _names(bucket: str, prefix: str) -> Iterator[str]:
+    """Yield the names of the objects directly below a prefix."""
+    with saying(f"s3://{bucket}/{prefix}"):
+        for item in obstore.list_with_delimiter(connect(bucket), prefix or None)["objects"]:
+            yield item["path"].rpartition("/")[2]
+
+
+def identify(shards: Sequence[str]) -> Any:
+    """Return what tells these shards from others that take their places."""
+    return apart("bucket", "etags", list(shards))
+
+
+def etags(urls: Iterable[str]) -> list[str | None]:
+    """Return the etag of each of these objects, in this process."""
+    folders: dict[str, dict[str, str | None]] = {}
+    found = []
+    for url in urls:
+        folder, _, name = url.rpartition("/")
+        if folder not in folders:
+            bucket, prefix = split(folder)
+            with saying(folder):
+                items = obstore.list_with_delimiter(connect(bucket), prefix or None)["objects"]
+            folders[folder] = {i["path"].rpartition("/")[2]: i["e_tag"] for i in items}
+        found.append(folders[folder].get(name))
+    return found
+
+
+@contextlib.contextmanager
+def open_shard(path: str, buffering: int = 1 << 20) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a shard; give the stream and its size."""
+    raw = Ranges(path)
+    with io.BufferedReader(raw, max(buffering, 4 << 10)) as stream:
+        yield stream, raw.size
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """Return a part of a shard."""
+    bucket, key = split(path)
+    with saying(path):
+        return bytes(obstore.get_range(connect(bucket), key, start=offset, length=size))
+
+
+def shard_size(path: str) -> int:
+    """Return the size of a shard in bytes."""
+    bucket, key = split(path)
+    with saying(path):
+        return int(obstore.head(connect(bucket), key)["size"])

@@ -1,0 +1,294 @@
+"""A connection to an object store: credentials, time limits, errors in one line, ranged reading.
+
+A URL is "s3://bucket/key", of anything that speaks S3: AWS_ENDPOINT_URL says where. Uses obstore's
+native API (https://developmentseed.org/obstore); without it, `import` says how to install it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
+
+from sharding.errors import InputError, PackError
+from sharding.shards import REPLACED
+
+FIRST_RANGE, LARGEST_RANGE = 256 << 10, 8 << 20  # bytes that a request asks for
+NEAR = 2 << 20  # bytes; to read on that far takes no longer than a new request
+PATIENCE = 20  # seconds for the first request to a bucket
+# Where credentials come from, if not from a profile or from the machine's role.
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
+_SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+_CURES = {
+    "PreconditionFailed": REPLACED,
+    "NoSuchKey": "there is no such object",
+    "NoSuchBucket": "there is no such bucket; check its name, and AWS_ENDPOINT_URL",
+    "InvalidBucketName": "no bucket can have that name",
+    "InvalidAccessKeyId": "the store does not know this key; check AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the key's secret is wrong; check AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "the credentials have expired; renew them",
+    "InvalidToken": "the session token is wrong; check AWS_SESSION_TOKEN",
+    "AccessDenied": "these credentials do not allow it",
+    "PermanentRedirect": "the bucket is in another region; set AWS_REGION",
+    "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_REGION",
+    "IllegalLocationConstraintException": "the bucket is in another region; set AWS_REGION",
+}
+_used_by: int | None = None  # id of the process that was first to use a store
+
+
+def split(url: str) -> tuple[str, str]:
+    """Return bucket and key: "s3://photos/raw/" -> ("photos", "raw").
+
+    Raises:
+        InputError: it names no bucket, or a key that cannot be named.
+    """
+    bucket, _, key = url[len("s3://") :].partition("/")
+    key = key.rstrip("/")
+    if not bucket:
+        raise InputError(f"{url!r} names no bucket; write s3://BUCKET/PREFIX")
+    odd = key and not set(key.split("/")).isdisjoint(("", ".", ".."))
+    if odd or not f"a{key}".isprintable():
+        raise InputError(f"{url!r}: a key can have no empty part, '.', '..' or control character")
+    return bucket, key
+
+
+def connect(bucket: str, patient: bool = True) -> S3Store:
+    """Return the store of a bucket, whose paths are whole keys.
+
+    Args:
+        patient: retry for two minutes; else for a few seconds, to find out what does not work.
+
+    Raises:
+        PackError: this process was forked from one that had used a store; requests would hang.
+    """
+    global _used_by
+    if _used_by not in (None, os.getpid()):
+        raise PackError(
+            "a process that was forked from one that has read from a bucket cannot read from it; "
+            'start workers anew: DataLoader(..., multiprocessing_context="spawn")'
+        )
+    _used_by = os.getpid()
+    return _connect(bucket, patient)
+
+
+@functools.lru_cache(maxsize=16)
+def _connect(bucket: str, patient: bool) -> S3Store:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options: dict[str, Any] = {}
+    if endpoint:
+        options["endpoint"] = endpoint
+    if not any(map(os.environ.get, _KEYS)) and (provider := _profile()):
+        options["credential_provider"] = provider
+    elif not os.environ.get("AWS_REGION"):
+        options["region"] = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+    # The time limit of a request covers its body, too.
+    client: Any = {"connect_timeout": "5s", "timeout": "300s" if patient else f"{PATIENCE}s"}
+    client["allow_http"] = (endpoint or "").startswith("http:")
+    return S3Store(
+        bucket,
+        client_options=client,
+        retry_config={
+            "max_retries": 10 if patient else 2,
+            "retry_timeout": timedelta(seconds=120 if patient else PATIENCE),
+        },
+        **options,
+    )
+
+
+def _profile() -> Any:
+    """Return what takes credentials from a profile, single sign-on included, if there is one.
+
+    Raises:
+        InputError: a profile is named, but boto3, which reads it, is not installed.
+    """
+    named = os.environ.get("AWS_PROFILE")
+    if not named and not os.path.exists(os.path.expanduser("~/.aws/credentials")):
+        return None
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        return Boto3CredentialProvider()
+    except ImportError:
+        if named:
+            cure = "run: pip install boto3, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            raise InputError(f"AWS_PROFILE {named!r} is read by boto3; {cure}") from None
+        return None
+    except Exception as error:  # boto3 raises many kinds
+        raise InputError(f"AWS_PROFILE {named!r}: {error}") from None
+
+
+@contextlib.contextmanager
+def saying(url: str, kind: type[Exception] = PackError) -> Iterator[None]:
+    """Turn what goes wrong with a store into an error of one line that names the URL.
+
+    obstore's own text goes on with all that it knows of the request; here it never appears.
+    """
+    try:
+        yield
+    except (BaseError, FileNotFoundError, PermissionError) as error:
+        raise kind(f"{url!r}: {_reason(str(error))}") from None
+
+
+def _reason(text: str) -> str:
+    code = re.search("<Code>(\\w+)</Code>", text)
+    status = re.search(r"status code: (\d+)[\w ]*", text)
+    if "169.254.169.254" in text or "CredentialsError" in text:
+        return f"no credentials; {_SET_KEYS}"
+    if "Illegal" in text or "empty path segment" in text:
+        return "it holds a key with an empty part, '.', '..' or a control character; rename it"
+    if code:
+        return _CURES.get(code[1], f"the store says {code[1]}")
+    if status and status[1] == "404":
+        return _CURES["NoSuchKey"]
+    if status and status[1] in ("301", "400"):
+        return f"the store says {status[1]}; is the bucket in another region (AWS_REGION)?"
+    if status:
+        return f"the store says {status[1]}" + (f"; {_SET_KEYS}" if status[1] == "403" else "")
+    if "HTTP error" in text:
+        where = os.environ.get("AWS_ENDPOINT_URL", "the store")
+        return f"{where} does not answer; check AWS_ENDPOINT_URL and the network"
+    return re.split(r"[\n:]", text)[0]
+
+
+def check_bucket(url: str) -> None:
+    """Find out whether a bucket answers, before any work.
+
+    Raises:
+        InputError: it does not, or its credentials are wrong.
+    """
+    bucket, _ = split(url)
+    with saying(url, InputError):
+        next(iter(obstore.list(connect(bucket, patient=False), chunk_size=1)), None)
+
+
+def apart(module: str, function: str, *arguments: Any) -> Any:
+    """Return what a function of this folder returns, called in a process of its own.
+
+    Whoever uses obstore can fork no more, and a training forks its workers.
+    """
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from sharding.store import _answer; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "_answer()", here, module, function, json.dumps(arguments)],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        kind = InputError if answer["error"] == "InputError" else PackError
+        raise kind(answer["text"])
+    return answer["result"]
+
+
+def _answer() -> None:
+    """Be the process that `apart` starts."""
+    import importlib
+
+    _, _, module, function, arguments = sys.argv
+    try:
+        call = getattr(importlib.import_module(f"sharding.{module}"), function)
+        answer = {"result": call(*json.loads(arguments))}
+    except (InputError, PackError) as error:
+        answer = {"error": type(error).__name__, "text": error.args[0]}
+    print(json.dumps(answer))
+
+
+class Ranges(io.RawIOBase):
+    """An object as a stream; the next range is fetched while the present one is used.
+
+    Ranges grow while they are read one after the other. All are of one version of the object.
+    """
+
+    def __init__(self, url: str, size: int | None = None, etag: str | None = None) -> None:
+        super().__init__()
+        self.url = url
+        bucket, self.key = split(url)
+        self.store = connect(bucket)
+        if size is None:
+            with saying(url):
+                found = obstore.head(self.store, self.key)
+            size, etag = found["size"], found["e_tag"]
+        self.size = size
+        self.etag = etag
+        self.place = 0
+        self.chunk, self.begin = memoryview(b""), 0  # what is here, and where it begins
+        self.length = FIRST_RANGE // 4  # of the last request
+        self.next: tuple[int, Future[memoryview]] | None = None  # where it begins
+        self.pool: ThreadPoolExecutor | None = None
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Tell that it can seek."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to another place, at no cost."""
+        self.place = offset + (0, self.place, self.size)[whence]
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        """Read the next bytes."""
+        part = self.peek()[: len(buffer)]
+        buffer[: len(part)] = part
+        self.place += len(part)
+        return len(part)
+
+    def peek(self) -> memoryview:
+        """Return the next bytes, as many as are here; none at the end."""
+        if not self.begin <= self.place < self.begin + len(self.chunk) and self.place < self.size:
+            self.load()
+        return self.chunk[self.place - self.begin :] if self.place < self.size else memoryview(b"")
+
+    def load(self) -> None:
+        """Let the chunk be one that holds the present place."""
+        gap = self.place - (self.begin + len(self.chunk))
+        ahead, self.next = self.next, None
+        begin = self.place
+        self.length = min(4 * self.length, LARGEST_RANGE) if 0 <= gap < NEAR else FIRST_RANGE
+        if ahead and ahead[0] <= self.place:
+            chunk = ahead[1].result()
+            if self.place < ahead[0] + len(chunk):
+                begin = ahead[0]
+            else:
+                chunk = self.fetch(begin, self.length)
+        else:
+            chunk = self.fetch(begin, self.length)
+        self.begin, self.chunk = begin, chunk
+        end = begin + len(chunk)
+        if end < self.size and 0 <= gap < NEAR:
+            self.pool = self.pool or ThreadPoolExecutor(1)
+            self.next = end, self.pool.submit(self.fetch, end, self.length)
+
+    def fetch(self, begin: int, length: int) -> memoryview:
+        """Return a range of the object, of the version that was opened."""
+        end = min(begin + length, self.size)
+        options: Any = {"range": (begin, end)}
+        if self.etag:
+            options["if_match"] = self.etag
+        with saying(self.url):
+            chunk = memoryview(obstore.get(self.store, self.key, options=options).bytes())
+        if len(chunk) != end - begin:
+            raise PackError(f"{self.url!r}: {REPLACED}")
+        return chunk
+
+    def close(self) -> None:
+        """Give up what is being fetched."""
+        if self.pool:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+        super().close()

@@ -1,0 +1,199 @@
+"""Reading shards from a bucket of a real server: show, check, decode, preview, train, resume."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import obstore
+import pytest
+from conftest import ROOT, Bucket, run_script, write_pairs
+
+from create_webdataset import create_webdataset
+from read_webdataset import count_samples, open_webdataset
+from read_webdataset import main as read
+from sharding import store
+from sharding.errors import InputError, PackError
+
+
+@pytest.fixture
+def shards(bucket: Bucket, tmp_path: Path) -> tuple[str, Path]:
+    """40 samples in 3 shards, in a bucket and in a folder."""
+    run_script("make_dummy_data.sh", "40", tmp_path / "source")
+    for shard_id in range(3):
+        create_webdataset(tmp_path / "source", tmp_path / "o", shard_id, 3)
+    return bucket.upload(tmp_path / "o"), tmp_path
+
+
+def test_shows_and_checks_what_a_folder_shows(shards, capsys) -> None:
+    url, folder = shards
+    for flags in (["--limit", "3"], ["--decode", "--quiet"], ["--quiet", "--num-workers", "2"]):
+        assert read(["--path", str(folder / "o"), *flags]) == 0
+        expected = capsys.readouterr()
+        assert read(["--path", url + "/", *flags]) == 0
+        assert capsys.readouterr() == expected
+    done = run_script("read_webdataset.py", "--path", url, "--source", folder / "source")
+    assert done.returncode == 0 and "each sample of" in done.stdout, done.stderr
+    assert read(["--path", url, "--quiet", "--preview", str(folder / "p.png")]) == 0
+    assert (folder / "p.png").stat().st_size > 1_000
+    assert read(["--path", url, "--quiet", "--preview", f"{url}/p.png"]) == 2
+
+
+def test_faults_are_found(shards, bucket: Bucket, capsys) -> None:
+    url, folder = shards
+    bucket.put("shard-000001.tar", (folder / "o/shard-000001.tar").read_bytes()[:-15_000])
+    bucket.put("shard-00000.tar", b"")
+    assert read(["--path", url, "--quiet"]) == 1
+    said = capsys.readouterr()
+    assert "damaged: shard-000001.tar: cut short" in said.err
+    assert "stray file" in said.err and "2 faults" in said.out
+    with pytest.raises(PackError, match="stray file"):
+        open_webdataset(url)
+
+
+def test_a_pattern_and_a_list(shards) -> None:
+    url, folder = shards
+    both = [
+        open_webdataset(
+            [f"{base}/shard-00000[01].tar", f"{base}/shard-000002.tar"],
+            decode=None,
+            shuffle_buffer=0,
+        )
+        for base in (url, folder / "o")
+    ]
+    ours, theirs = map(list, both)
+    assert ours == theirs and len(ours) == 40
+    assert count_samples(url) == 40 and count_samples(f"{url}/shard-000002.tar") == 13
+    with pytest.raises(InputError, match=r"has no shard-\*.tar"):
+        open_webdataset(f"{url}/shard-00001*.tar")
+
+
+def test_an_unfinished_run_is_refused(shards, bucket: Bucket, capsys) -> None:
+    url, _ = shards
+    bucket.put(".webdataset-plan", b"{}")
+    assert read(["--path", url]) == 1
+    assert "a run is not finished" in capsys.readouterr().err
+    with pytest.raises(PackError, match="a run is not finished"):
+        count_samples(url)
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b=c", "a b+c%20", "é", "a:b"])
+def test_odd_prefixes(name: str, bucket: Bucket, tmp_path: Path) -> None:
+    """obstore's `from_url` would cut them at # and ?."""
+    create_webdataset(write_pairs(tmp_path / "source", 3), tmp_path / "o", 0, 1)
+    url = bucket.upload(tmp_path / "o", f"{name}/")
+    assert count_samples(url) == 3 and read(["--path", url, "--quiet"]) == 0
+
+
+def test_ranges(bucket: Bucket) -> None:
+    """Any way to read gives the object's bytes; ranges grow while they follow each other."""
+    data = bytes(range(256)) * (80 << 10)
+    bucket.put("large", data)
+    raw = store.Ranges(f"{bucket.url}/large")
+    got = bytearray()
+    while part := raw.peek():
+        got += part
+        raw.seek(len(got))
+    assert got == data and raw.length == store.LARGEST_RANGE
+    for place in (5 << 20, 100, (20 << 20) - 10, 7 << 20, (7 << 20) + 10, 0):
+        raw.seek(place)
+        assert raw.read(1_000) == data[place : place + 1_000]
+    assert raw.seek(0, 2) == len(data) and raw.read(10) == b""
+    raw.close()
+
+
+def test_a_replaced_object_is_an_error(bucket: Bucket, tmp_path: Path) -> None:
+    create_webdataset(write_pairs(tmp_path / "s", 40, 500_000), tmp_path / "o", 0, 1)
+    url = bucket.upload(tmp_path / "o")
+    samples = iter(open_webdataset(url, decode=None, shuffle_buffer=0))
+    next(samples)
+    bucket.put("shard-000000.tar", bytes(20 << 20))
+    with pytest.raises(PackError, match="it was replaced while it was read"):
+        list(samples)
+    obstore.delete(bucket.store, f"{bucket.prefix}/shard-000000.tar")
+    with pytest.raises(PackError, match="no such object"):
+        store.Ranges(f"{url}/shard-000000.tar")
+
+
+def test_exact_resume(shards) -> None:
+    """What is left of an epoch, after a state that went through JSON."""
+    url, _ = shards
+    for place in (0, 1, 12, 14, 30):
+        whole = open_webdataset(url, decode=None, seed=3)
+        expected = list(whole)
+        cut = open_webdataset(url, decode=None, seed=3)
+        samples = iter(cut)
+        before = [next(samples) for _ in range(place)]
+        state = json.loads(json.dumps(cut.state_dict()))
+        rest = open_webdataset(url, decode=None, seed=3)
+        rest.load_state_dict(state)
+        assert before + list(rest) == expected
+        assert list(rest) == list(whole)
+
+
+FORK = """
+import os, sys
+from read_webdataset import count_samples, open_webdataset
+url, used = sys.argv[1:]
+dataset = open_webdataset(url, decode=None)
+count_samples(url)
+if used == "used":
+    next(iter(dataset))
+process = os.fork()
+if not process:
+    try:
+        os._exit(len(list(dataset)))
+    except Exception as error:
+        print(error)
+        os._exit(100)
+sys.exit(os.waitpid(process, 0)[1] >> 8)
+"""
+
+
+def test_forked_workers(shards) -> None:
+    """They read, as long as nobody has read before the fork: then obstore would hang."""
+    command = [sys.executable, "-c", FORK, shards[0]]
+    done = subprocess.run([*command, "fresh"], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 40, done
+    done = subprocess.run([*command, "used"], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 100 and b'multiprocessing_context="spawn"' in done.stdout, done
+
+
+WRONG = {
+    "secret": ({"AWS_SECRET_ACCESS_KEY": "hidden-one"}, "check AWS_SECRET_ACCESS_KEY"),
+    "key": ({"AWS_ACCESS_KEY_ID": "hidden-key"}, "check AWS_ACCESS_KEY_ID"),
+    "bucket": ({}, "there is no such bucket"),
+    "endpoint": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "does not answer; check AWS_ENDPOINT"),
+    "none": ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "AWS_ACCESS_KEY_ID"),
+    "profile": ({"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": "work"}, "AWS_PROFILE 'work'"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_a_user_gets_wrong(what: str, bucket: Bucket, tmp_path: Path) -> None:
+    """One line with the cure, exit code 2, within 30 seconds, and never a secret."""
+    environment, cure = WRONG[what]
+    url = "s3://no-such-bucket/x" if what == "bucket" else bucket.url
+    environment = {"HOME": str(tmp_path), **environment}
+    done = run_script("read_webdataset.py", "--path", url, env=environment, timeout=30)
+    assert done.returncode == 2 and cure in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "secret-of-tests" not in done.stderr
+    assert "hidden" not in done.stderr and "Signature" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://", "s3:///x", "s3://tests/a//b", "s3://tests/../x", "s3://t/\n"]
+)
+def test_urls_that_name_nothing(url: str, capsys) -> None:
+    assert read(["--path", url]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("url", ["gs://b/x", "az://b/x", "https://b/x", "file:///x", "S3://b/x"])
+def test_other_schemes_are_refused(url: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read(["--path", url]) == 2
+    assert "such URLs are not supported" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
