@@ -19,7 +19,18 @@ from datetime import datetime
 from pathlib import Path
 
 from measure import Contestant, Skipped, check_apart, run
-from report import EMPTY, Row, chart, read_rows, said, surroundings, table, verdicts, write_rows
+from report import (
+    CHARTS,
+    EMPTY,
+    Row,
+    chart,
+    read_rows,
+    said,
+    surroundings,
+    table,
+    verdicts,
+    write_rows,
+)
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -319,10 +330,11 @@ def compare_work(contestant: Contestant, work: dict[str, tuple[int, str]]) -> No
 
 
 def write_results(bench: Bench, folder: Path, rows: Sequence[Row], command: str) -> None:
-    """Write the three files of results."""
+    """Write the files of results."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "samples.csv", rows)
-    (folder / "speed.svg").write_text(chart(rows), encoding="utf-8")
+    for name, picture in CHARTS.items():
+        (folder / name).write_text(chart(rows, picture), encoding="utf-8")
     parts = [f"# Results\n\n- last command: `{command}`\n{surroundings(bench.root)}"]
     for group, contestants in GROUPS.items():
         if mine := [row for row in rows if row.group == group]:

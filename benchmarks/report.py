@@ -1,4 +1,4 @@
-"""Turn measured runs into tables, verdicts and a chart."""
+"""Turn measured runs into tables, verdicts and charts."""
 
 from __future__ import annotations
 
@@ -235,11 +235,37 @@ def verdicts(rows: Iterable[Row]) -> str:
     return "".join(lines)
 
 
-# ---------------------------------------------------------------- chart
+# ---------------------------------------------------------------- charts
 
-CHARTED = {
-    "Inside a running interpreter": ("pack",),
-    "Whole commands, start-up included": ("drivers", "ray", "peers"),
+OURS = "ours|run_parallel|create_with_ray|open_webdataset"
+
+
+class Chart(NamedTuple):
+    """What a chart shows: for each part, a pattern of the names "group: contestant" in it."""
+
+    title: str
+    parts: dict[str, str]
+    one_scale: bool  # for all parts
+
+
+CHARTS = {
+    "speed.svg": Chart(
+        "20,000 samples of 8 KB + 40 B: samples packed per second",
+        {
+            "Inside a running interpreter": "pack: (?!.*(alone|no fsync))",
+            "Whole commands, start-up included": "(drivers|ray|peers): (?!.*100k)",
+        },
+        one_scale=True,
+    ),
+    "training.svg": Chart(
+        "Samples read per second for a training",
+        {
+            "Bytes, 20,000 samples of 8 KB + 40 B": "training: (?!.*(rgb|workers))",
+            "The same in 2 workers of a DataLoader": "training: (?!.*rgb).*workers",
+            "Decoded, 2,000 pictures of 256x256 pixels": "training: .*rgb",
+        },
+        one_scale=False,
+    ),
 }
 STYLE = """<style>
 text { font: 13px system-ui, sans-serif; fill: #6e7781 } .title { font-weight: 600 }
@@ -249,24 +275,32 @@ text { font: 13px system-ui, sans-serif; fill: #6e7781 } .title { font-weight: 6
 """
 
 
-def chart(rows: Iterable[Row]) -> str:
-    """Return an SVG with a bar for each contestant that packs the small set: its samples/s."""
-    speeds: dict[str, list[tuple[float, str]]] = {title: [] for title in CHARTED}
-    rows = [
-        row for row in rows if row.samples and not re.search("100k|alone|no fsync", row.contestant)
-    ]
-    for title, groups in CHARTED.items():
-        for name, runs in by_contestant(row for row in rows if row.group in groups).items():
-            speeds[title].append((runs[0].samples / median(run.wall for run in runs), name))
-    largest = max((speed for bars in speeds.values() for speed, _ in bars), default=1)
+def speeds(rows: Iterable[Row], pattern: str) -> list[tuple[float, str]]:
+    """Return the samples/s of each contestant that a pattern picks, the fastest first."""
+    picked = (
+        row for row in rows if row.samples and re.match(pattern, f"{row.group}: {row.contestant}")
+    )
+    return sorted(
+        (
+            (runs[0].samples / median(run.wall for run in runs), name)
+            for name, runs in by_contestant(picked).items()
+        ),
+        reverse=True,
+    )
+
+
+def chart(rows: Sequence[Row], shown: Chart) -> str:
+    """Return an SVG with a bar for each contestant: its samples/s."""
+    bars = {title: speeds(rows, pattern) for title, pattern in shown.parts.items()}
+    largest = max((part[0][0] for part in bars.values() if part), default=1)
     parts, y = [], 0
-    for title, bars in speeds.items():
+    for title, part in bars.items():
         y += 24
         parts.append(f'<text class="title" x="8" y="{y}">{escape(title)}: samples/s</text>\n')
         y += 10
-        for speed, name in sorted(bars, reverse=True):
-            kind = "ours" if re.match("ours|run_parallel|create_with_ray", name) else "peer"
-            width = max(1, round(speed / largest * 400))
+        for speed, name in part:
+            kind = "ours" if re.match(OURS, name) else "peer"
+            width = max(1, round(speed / (largest if shown.one_scale else part[0][0]) * 400))
             parts.append(
                 f'<text x="290" y="{y + 13}" text-anchor="end">{escape(name)}</text>'
                 f'<rect class="{kind}" x="298" y="{y + 1}" width="{width}" height="16" rx="2"/>'
@@ -275,8 +309,7 @@ def chart(rows: Iterable[Row]) -> str:
             y += 21
     size = f'viewBox="0 0 770 {y + 8}" width="770" height="{y + 8}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n'
-    title = "<title>20,000 samples of 8 KB + 40 B: samples packed per second</title>\n"
-    return "".join([head, title, STYLE, *parts, "</svg>\n"])
+    return "".join([head, f"<title>{escape(shown.title)}</title>\n", STYLE, *parts, "</svg>\n"])
 
 
 # ---------------------------------------------------------------- surroundings
