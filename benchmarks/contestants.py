@@ -4,12 +4,13 @@ usage: contestants.py NAME SOURCE OUTPUT PART PARTS
 
 Each imports what it needs and no more, so that its start-up is its own. With BENCH_WAIT=1 in the
 environment it stops when it has imported, and goes on when it is told to (SIGCONT). One that
-writes no tar prints how many samples it counted.
+writes no tar prints how many samples it counted. With BENCH_CHECK=1 readers print a checksum, too.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 CPUS = 2  # of each contestant that takes a number of workers
@@ -102,21 +104,6 @@ def wds_pack(task: Task) -> None:
                 sink.write(sample)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def wds_read(task: Task) -> None:
-    """Read the shards in the folder `source` with a plain loop."""
-    import webdataset as wds
-
-    imported()
-    shards = sorted(glob.glob(f"{task.source}/*.tar"))
-    count(wds.WebDataset(shards, shardshuffle=False))
-
-
-def ours_read(task: Task) -> None:
-    """Read the shards in the folder `source` as a training does, undecoded."""
-    reader = core("read_webdataset", "sharding.pipeline")
-    count(reader.open_webdataset(task.source, decode=None, shuffle_buffer=0))
 
 
 # ---------------------------------------------------------------- Ray
@@ -207,37 +194,70 @@ def mds(task: Task) -> None:
 # ---------------------------------------------------------------- reading for a training
 
 
-def count(samples: Iterable[Any]) -> None:
-    """Print how many samples are read."""
+def pictures(task: Task) -> None:
+    """Make real pictures, 256 pixels wide and high, of the bytes in the samples of a folder."""
+    from PIL import Image
+
+    imported()
+    for path in images(task):
+        sample = load(path)
+        picture = Image.frombytes("RGB", (32, 32), sample["jpg"]).resize((256, 256))
+        picture.save(f"{task.output}/{sample['__key__']}.jpg", quality=85)
+        with open(f"{task.output}/{sample['__key__']}.txt", "w", encoding="utf-8") as stream:
+            stream.write(sample["txt"])
+
+
+def content(sample: Any) -> bytes:
+    """Return the image of a sample, as bytes or pixels, and its text."""
+    image, text = (sample["jpg"], sample["txt"]) if isinstance(sample, dict) else sample
+    if hasattr(image, "permute"):  # a tensor: colours first, each from 0 to 1
+        image = (image.permute(1, 2, 0) * 255).round().byte().numpy()
+    if hasattr(image, "tobytes"):
+        image = image.tobytes()
+    return bytes(image) + (text.encode() if isinstance(text, str) else text)
+
+
+def count(samples: Any, workers: int = 0) -> None:
+    """Print how many samples are read; where they are to be checked, a checksum of them, too."""
+    if workers:
+        from torch.utils.data import DataLoader
+
+        samples = DataLoader(samples, batch_size=None, num_workers=workers)
+    if os.environ.get("BENCH_CHECK"):
+        digests = sorted(hashlib.sha256(content(sample)).digest() for sample in samples)
+        print("checksum", hashlib.sha256(b"".join(digests)).hexdigest()[:12])
+        samples = digests
     print("counted", sum(1 for _ in samples))
 
 
-def ours_loader(task: Task) -> None:
-    """Read with open_webdataset in two workers."""
-    reader = core("read_webdataset", "sharding.pipeline", "torch")
-    from torch.utils.data import DataLoader
-
-    dataset = reader.open_webdataset(task.source, decode=None, shuffle_buffer=0)
-    count(DataLoader(dataset, batch_size=None, num_workers=CPUS))
+def needed(decode: str | None, workers: int) -> list[str]:
+    """Name the modules that a reader imports only to decode, or in workers."""
+    pillow = ["PIL.Image"] if decode else []
+    return [*pillow, "torch.utils.data"] if workers or decode == "torchrgb" else pillow
 
 
-def wds_loader(task: Task) -> None:
-    """Read with wds.WebDataset in two workers."""
-    import webdataset as wds
-    from torch.utils.data import DataLoader
+def ours_read(task: Task, decode: str | None = None, workers: int = 0) -> None:
+    """Read the shards in the folder `source` as a training does."""
+    reader = core("read_webdataset", "sharding.pipeline", *needed(decode, workers))
+    count(reader.open_webdataset(task.source, decode=decode, shuffle_buffer=0), workers)
 
+
+def wds_read(task: Task, decode: str | None = None, workers: int = 0) -> None:
+    """Read the shards in the folder `source` with a plain loop, or as a training does."""
+    wds, *_ = map(importlib.import_module, ("webdataset", *needed(decode, workers)))
     imported()
-    shards = sorted(glob.glob(f"{task.source}/*.tar"))
-    dataset = wds.WebDataset(shards, shardshuffle=False).to_tuple("jpg", "txt")
-    count(DataLoader(dataset, batch_size=None, num_workers=CPUS))
+    dataset = wds.WebDataset(sorted(glob.glob(f"{task.source}/*.tar")), shardshuffle=False)
+    if decode:
+        dataset = dataset.decode(decode)
+    count(dataset.to_tuple("jpg", "txt") if decode or workers else dataset, workers)
 
 
-def litdata_read(task: Task) -> None:
+def litdata_read(task: Task, workers: int = 0) -> None:
     """Read the chunks of litdata."""
     import litdata
 
     imported()
-    count(litdata.StreamingDataset(f"{task.source}/chunks"))
+    count(litdata.StreamingDataset(f"{task.source}/chunks"), workers)
 
 
 def mds_read(task: Task) -> None:
@@ -261,9 +281,17 @@ CONTESTANTS: dict[str, Callable[[Task], None]] = {
     "datasets": datasets_parquet,
     "litdata": litdata_optimize,
     "mds": mds,
-    "ours-loader": ours_loader,
-    "wds-loader": wds_loader,
+    "pictures": pictures,
+    "ours-pilrgb": partial(ours_read, decode="pilrgb"),
+    "wds-pilrgb": partial(wds_read, decode="pilrgb"),
+    "ours-torchrgb": partial(ours_read, decode="torchrgb"),
+    "wds-torchrgb": partial(wds_read, decode="torchrgb"),
+    "ours-read-2": partial(ours_read, workers=CPUS),
+    "wds-read-2": partial(wds_read, workers=CPUS),
+    "ours-torchrgb-2": partial(ours_read, decode="torchrgb", workers=CPUS),
+    "wds-torchrgb-2": partial(wds_read, decode="torchrgb", workers=CPUS),
     "litdata-read": litdata_read,
+    "litdata-read-2": partial(litdata_read, workers=CPUS),
     "mds-read": mds_read,
 }
 

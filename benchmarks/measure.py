@@ -134,7 +134,7 @@ def last_line(log: Path) -> str:
 def check_work(output: Path, log: Path) -> tuple[int, str]:
     """Return how many samples a run handled, and a checksum of the names and contents in its tars.
 
-    Which tar holds a member, and in which order, makes no difference.
+    Which tar holds a member, and in which order, makes no difference. A reader tells both itself.
     """
     members = []
     for path in output.rglob("*.tar"):
@@ -147,7 +147,8 @@ def check_work(output: Path, log: Path) -> tuple[int, str]:
         return sum(".jpg " in member for member in members), checksum[:12]
     said = log.read_text(errors="replace") if log.exists() else ""
     numbers = re.findall(r"^(?:counted )?([\d,]+)(?: samples\b.*)?$", said, re.M)
-    return sum(int(number.replace(",", "")) for number in numbers), ""
+    checksum = re.search(r"^checksum (\w+)$", said, re.M)
+    return sum(int(number.replace(",", "")) for number in numbers), checksum[1] if checksum else ""
 
 
 def check_apart(output: Path, log: Path) -> tuple[int, str]:
