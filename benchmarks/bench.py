@@ -246,6 +246,7 @@ def training(bench: Bench) -> list[Contestant]:
         Contestant("wds.WebDataset", bench.script("wds-read", shards), count, go=True),
     ]
     for name, reader, folder in (
+        ("webshart", "webshart-read", bench.made("webshart-index", shards, peer=True)),
         ("litdata", "litdata-read", chunks),
         ("mosaicml-streaming", "mds-read", bench.made("mds", source, peer=True)),
         ("open_webdataset, 2 workers", "ours-read-2", shards),

@@ -268,6 +268,25 @@ def mds_read(task: Task) -> None:
     count(StreamingDataset(local=f"{task.source}/0", shuffle=False, batch_size=1))
 
 
+def webshart_index(task: Task) -> None:
+    """Make the index that webshart reads shards by, beside links to them."""
+    import webshart
+
+    imported()
+    webshart.MetadataExtractor().extract_metadata(task.source, task.output, max_workers=CPUS)
+    for shard in glob.glob(f"{task.source}/*.tar"):
+        os.symlink(shard, f"{task.output}/{os.path.basename(shard)}")
+
+
+def webshart_read(task: Task) -> None:
+    """Read with webshart, which gives file after file: an image, its text."""
+    import webshart
+
+    imported()
+    files = iter(webshart.TarDataLoader(webshart.discover_dataset(task.source)))
+    count((image.data, text.data) for image, text in zip(files, files, strict=True))
+
+
 CONTESTANTS: dict[str, Callable[[Task], None]] = {
     "ours": ours,
     "ours-unsynced": ours_unsynced,
@@ -293,6 +312,8 @@ CONTESTANTS: dict[str, Callable[[Task], None]] = {
     "litdata-read": litdata_read,
     "litdata-read-2": partial(litdata_read, workers=CPUS),
     "mds-read": mds_read,
+    "webshart-index": webshart_index,
+    "webshart-read": webshart_read,
 }
 
 

@@ -212,6 +212,7 @@ TARGETS = (
     ratio("training", "wds.WebDataset", "open_webdataset", "; aim 6", least=4),
     ratio("training", "wds.WebDataset, 2 workers", "open_webdataset, 2 workers"),
     ratio("training", "litdata", "open_webdataset", "; aim 1"),
+    ratio("training", "webshart", "open_webdataset"),
     ratio("training", "wds.WebDataset, pilrgb", "open_webdataset, pilrgb"),
     ratio("training", "wds.WebDataset, torchrgb", "open_webdataset, torchrgb"),
     ratio(
