@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -246,47 +247,43 @@ def test_training(packed: Path, decode: str) -> None:
         assert math.isfinite(loss.item())
 
 
-def test_the_loop_of_the_readme(tmp_path: Path) -> None:
-    """It runs as it stands, on the sample data."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (loop,) = re.findall(r"```python\n(import torch .*?)```", readme, re.DOTALL)
-    (tmp_path / "train.py").write_text(loop, encoding="utf-8")
-    made = run_script("make_dummy_data.sh", "64", tmp_path / "source")
-    assert made.returncode == 0, made.stderr
-    pack(tmp_path / "source", tmp_path / "webdataset_output", 4)
-    done = subprocess.run(
-        [sys.executable, "train.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2_000:]
-    assert len(re.findall(r"epoch \d: loss [\d.]+", done.stdout)) == 3
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_training_that_is_stopped(ranks: int, tmp_path: Path) -> None:
-    """The losses of train.py, stopped twice and taken up again, are those of an unbroken run."""
-    made = run_script("make_dummy_data.sh", "75", tmp_path / "source")
+def test_the_loop_of_the_readme(ranks: int, tmp_path: Path) -> None:
+    """It runs as it stands; killed at two random steps, it takes the steps of an unbroken run."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"```python\n(import os\nimport torch .*?)```", readme, re.DOTALL)
+    made = run_script("make_dummy_data.sh", "500", tmp_path / "source")
     assert made.returncode == 0, made.stderr
-    shards = pack(tmp_path / "source", tmp_path / "shards", SHARDS)
+    pack(tmp_path / "source", tmp_path / "webdataset_output", SHARDS)
+    kill = 'if step == int(os.environ.get("KILL", 0)):\n                os.kill(os.getpid(), 9)'
+    save = "if step % 100 == 0:"
+    assert loop.count(save) == 1
+    often = loop.replace(save, f"{kill}\n            {save.replace('100', '3')}")
 
-    def train(name: str, *steps: str) -> list[str]:
-        (tmp_path / name).mkdir(exist_ok=True)
+    def train(text: str, kill: int = 0) -> list[str]:
+        (tmp_path / "train.py").write_text(text, encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if ranks == 2 else []
-        script = Path(__file__).with_name("train.py")
+        more = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "KILL": str(kill)}
         done = subprocess.run(
-            [sys.executable, *launcher, script, shards, tmp_path / name, *steps],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            [sys.executable, *launcher, "train.py"],
+            cwd=tmp_path,
+            env={**os.environ, **more},
             capture_output=True,
             text=True,
             timeout=300,
         )
-        assert done.returncode == 0, done.stderr[-2_000:]
-        return sorted(re.findall(r"epoch \d, rank \d, step \d+: loss [\d.]+", done.stdout))
+        assert (done.returncode != 0) == (kill > 0), done.stderr[-2_000:]
+        return re.findall(r"epoch \d, rank \d, step \d+: loss [\d.]+", done.stdout)
 
-    unbroken = train("unbroken")
-    assert len(unbroken) >= 2 * ranks * (75 // (8 * ranks) - 1)
-    assert sorted(train("stopped", "3") + train("stopped", "7") + train("stopped")) == unbroken
+    unbroken, state = train(loop), tmp_path / "train.pt"
+    epoch, steps, _, trained, _ = torch.load(state)
+    assert steps >= 3 * (500 // (32 * ranks) - 1) and len(unbroken) == steps * ranks
+    state.unlink()
+    first, second = kills = sorted(random.sample(range(1, steps + 1), 2))
+    broken = {*train(often, first), *train(often, second), *train(often)}
+    assert broken == set(unbroken), kills
+    *ended, _, again, _ = torch.load(state)
+    assert ended == [epoch, steps] == [3, steps], kills
+    for name, weights in trained.items():
+        assert torch.equal(weights, again[name]), (kills, name)
+    assert train(loop) == [], "there is nothing left to do"
