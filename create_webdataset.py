@@ -33,14 +33,14 @@ from sharding.folder import (
     sync_folder,
 )
 from sharding.listing import list_samples
-from sharding.places import refuse_url
+from sharding.pack import write_shard
+from sharding.places import output_at
 from sharding.samples import deal
 from sharding.shards import (
     MAX_SHARDS,
     Progress,
     Shard,
     check_shard_numbers,
-    write_shard,
 )
 
 USAGE = """create_webdataset.py --source DIR --output DIR --shard-id I --total-shards N [options]
@@ -89,10 +89,10 @@ def create_webdataset(
     )
     check_shard_numbers(total_shards, len(listing.samples), shard_id)
     samples = deal(listing.samples, shard_id, total_shards)  # [shard_id::total_shards]
-    refuse_url("output", output)
+    output_at(output)
     check_output(output, listing)
     os.makedirs(output, exist_ok=True)
-    return write_shard(source, samples, output, shard_id, progress)
+    return write_shard(listing.source, samples, output, shard_id, progress)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -131,7 +131,7 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     total = args.total_shards
     listing = list_source(args)
     check_shard_numbers(total, len(listing.samples), args.shard_id)
-    refuse_url("output", args.output)
+    output_at(args.output)
     check_output(args.output, listing)
     shard_ids = every(args, total)
     shards = {shard_id: deal(listing.samples, shard_id, total) for shard_id in shard_ids}
@@ -141,7 +141,7 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     remove_leftovers(args.output, shard_ids)
 
     def pack(shard_id: int, progress: Progress) -> Shard:
-        return write_shard(args.source, shards[shard_id], args.output, shard_id, progress)
+        return write_shard(listing.source, shards[shard_id], args.output, shard_id, progress)
 
     return shard_ids, sum(map(len, shards.values())), pack
 

@@ -27,6 +27,7 @@ from sharding.command import (
     run_options,
 )
 from sharding.errors import InputError, PackError, explain
+from sharding.places import source_at
 from sharding.plan import read_plan, read_shard
 from sharding.run import STOPPING, Run, finish, load, pack, start
 from sharding.samples import NOT_UTF8
@@ -163,9 +164,9 @@ def sees_files(folder: str) -> bool:
     """Tell whether this node sees a run's folder, may write there, and sees a source file."""
     try:
         plan, (sample, *_) = read_plan(folder), read_shard(folder, 0)
-        file = os.path.join(plan.source, sample.files()[0])
-        return os.path.exists(file) and os.access(folder, os.W_OK)
-    except (OSError, PackError):
+        with source_at(plan.source).open_file(plan.source, sample.files()[0]):
+            return os.access(folder, os.W_OK)
+    except (OSError, InputError, PackError):
         return False
 
 

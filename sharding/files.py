@@ -1,34 +1,37 @@
-"""Reading the files of samples: small ones whole and by the batch, ahead where they open slowly.
+"""A folder as a source: list its files; read small ones whole, by the batch, ahead if slow to open.
 
-Output: the members of a few samples at a time, and the sizes and times that tell a file from a
-later version of it.
+See `places.Source`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
 import io
 import os
 import stat
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO
 
-from sharding.errors import PackError, naming
+from sharding import faults
+from sharding.batch import CHANGED, STAMP, Batch, in_order, new_stamp
+from sharding.errors import InputError, PackError, argument, explain, naming
 from sharding.samples import Sample
 
-CHANGED = "changed while it was packed; run again once it no longer changes"
+if TYPE_CHECKING:
+    from sharding.listing import Scan
+
+Parents = tuple[tuple[int, int], ...]  # device and inode of each
+
 WHOLE_SIZE = 64 << 10  # bytes of a file that is read whole; larger ones are copied
 AHEAD_SIZE = 512 << 10  # the same as WHOLE_SIZE, for files that are read ahead
 SLOW_READ = 0.0005  # seconds a file; a local disk takes a hundredth of that to open one
 SLOW_BATCHES = 3  # so many more slow batches than fast ones, and files are read ahead
 READ_THREADS, AHEAD_FILES, FEW_FILES = 16, 96, 4  # 96 files ahead, 4 at a time: 48 MB at most
 BATCH_FILES = 32  # read at a time where nothing is read ahead
-STAMP = b"%d %d "  # size and time of a file
 
 
 class LargeFile(io.FileIO):
@@ -56,22 +59,87 @@ class LargeFile(io.FileIO):
             raise PackError(f"{self.path!r} {CHANGED}")
 
 
-class Batch(NamedTuple):
-    """What a few samples become in a shard: their members, in order."""
-
-    samples: int
-    names: list[str]
-    contents: list[bytes | LargeFile]
-    stamps: list[int]  # size and time of each file
-
-    def stamp(self) -> bytes:
-        """Return the stamps of all files, one after the other."""
-        return STAMP * len(self.names) % tuple(self.stamps)
+def list_files(scan: Scan) -> None:
+    """List all files below a source."""
+    left: list[tuple[str, Parents]] = [("", ())]  # "" or "cats/", and what tells its parents
+    while left:
+        _list_folder(scan, *left.pop(), left)
 
 
-def new_stamp() -> Any:
-    """Return the hash object that takes the stamps of a shard's files, in order."""
-    return hashlib.blake2b(digest_size=16)
+def _list_folder(
+    scan: Scan, prefix: str, parents: Parents, left: list[tuple[str, Parents]]
+) -> None:
+    """List the folder at `prefix`; add those within it to what is left."""
+    held: dict[str, tuple[str, ...]] = {}  # stem -> the extensions that are fields
+    grown, dots = scan.grown, scan.replace_dots  # the loop sees each file of a dataset
+    folder = os.path.join(scan.source, prefix[:-1]) if prefix else scan.source
+    try:
+        status = os.stat(folder)
+        itself = status.st_dev, status.st_ino
+        if itself in parents:
+            scan.fault(faults.CIRCLE, prefix[:-1])
+            return
+        entries = os.scandir(folder)
+    except OSError as error:
+        if not prefix or not isinstance(error, PermissionError):
+            message = f"{argument('source')} cannot be listed: {explain(error)}"
+            raise InputError(message) from None
+        scan.fault(faults.DENIED, prefix[:-1])
+        return
+    with entries:
+        for entry in entries:
+            name = entry.name
+            if name[0] == ".":
+                continue
+            if dots is None:
+                stem, _, extension = name.partition(".")
+            else:
+                stem, extension = scan.split_at_field(name)
+            if not entry.is_file(follow_symlinks=False):
+                try:
+                    mode = os.stat(entry.path).st_mode  # of what a link leads to
+                except PermissionError:
+                    scan.fault(faults.DENIED, prefix + name)
+                    continue
+                except OSError:
+                    mode = 0
+                if stat.S_ISDIR(mode):
+                    left.append((f"{prefix}{name}/", (*parents, itself)))
+                    continue
+                if not stat.S_ISREG(mode):
+                    if extension.lower() in scan.known:  # that field is lacking
+                        held.setdefault(stem, ())
+                        scan.irregular[prefix + stem].append(prefix + name)
+                    else:
+                        scan.ignore(prefix + name, "not a regular file")
+                    continue
+            before = held.get(stem, ())
+            try:
+                after = grown[before, extension]
+            except KeyError:
+                after = scan.grow(before, extension)
+            if after is None:
+                scan.note_ignored(prefix, name)
+            else:
+                held[stem] = after
+    scan.add_samples(prefix, held)
+
+
+def listed_bytes(samples: Iterable[Sample]) -> int:  # noqa: ARG001
+    """Return 0: nothing has to be fetched."""
+    return 0
+
+
+def may_read(source: str, paths: Iterable[str]) -> bool:
+    """Tell whether these files may be read."""
+    return all(os.access(os.path.join(source, path), os.R_OK) for path in paths)
+
+
+@contextlib.contextmanager
+def open_file(source: str | os.PathLike[str], path: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Open one file, of any size; give the stream and its size."""
+    with open(os.path.join(source, path), "rb") as stream:
+        yield stream, os.fstat(stream.fileno()).st_size
 
 
 def stamp_of(source: str | os.PathLike[str], samples: Iterable[Sample]) -> str:
@@ -159,16 +227,3 @@ def read_batch(source_fd: int, whole_size: int, samples: Sequence[Sample]) -> Ba
                 os.close(fd)
             batch.stamps.extend((size, status.st_mtime_ns))
     return batch
-
-
-def in_order(
-    pool: Executor, work: Callable[[Any], Any], tasks: Iterator[Any], ahead: int
-) -> Iterator[Any]:
-    """Yield work(task) for each task, in order, with at most `ahead` begun."""
-    begun: deque[Future[Any]] = deque()
-    while True:
-        for task in islice(tasks, ahead - len(begun)):
-            begun.append(pool.submit(work, task))
-        if not begun:
-            return
-        yield begun.popleft().result()

@@ -29,6 +29,7 @@ from sharding.shards import (
     STRAY,
     STRAY_PATTERN,
     Found,
+    NewShard,
     shard_name,
 )
 
@@ -52,10 +53,11 @@ INTERRUPTED = (
 def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
     """Refuse an output where writing shards would fail or overwrite something."""
     name = f"{argument('output')} {os.fspath(output)!r}"
+    replaces = "tar" in listing.fields.known() and os.path.isdir(listing.source)
     inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(listing.source))
-    if "tar" in listing.fields.known() and inside:
+    if replaces and inside:
         raise InputError(f"{name} is inside {argument('source')}, whose tars it could replace")
-    if "tar" in listing.fields.known():  # a link may lead from the source to the output
+    if replaces:  # a link may lead from the source to the output
         here = os.path.realpath(output)
         for file in (file for sample in listing.samples for file in sample.files()):
             folder, base = os.path.split(os.path.realpath(os.path.join(listing.source, file)))
@@ -130,6 +132,13 @@ def staged_shards(staging: str) -> dict[int, list[str]]:
     return dict(found)
 
 
+def kept_shards(staging: str) -> list[int]:
+    """Return which shards are older than the plan of their run: of one that was interrupted."""
+    began = os.stat(os.path.join(staging, "plan")).st_mtime_ns
+    staged = staged_shards(staging).items()
+    return [shard_id for shard_id, paths in staged if os.stat(paths[0]).st_mtime_ns < began]
+
+
 def is_staging(path: str) -> bool:
     """Tell whether a path has the name of a staging folder."""
     return bool(re.fullmatch(re.escape(STAGING) + "[0-9a-f]{16}", os.path.basename(path)))
@@ -170,6 +179,32 @@ def _is_being_written(path: str) -> bool:
         except OSError:  # no locks on this file system
             pass
         return False
+
+
+@contextlib.contextmanager
+def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
+    """Write a shard into a folder; it gets its name only when it is whole and on the disk.
+
+    With a stamp, the name ends in that instead of ".tar": so it says what the shard was made of,
+    and no reader takes it for one.
+    """
+    final = shard_name(shard_id)
+    # No reader globs this name, and no two attempts at the same shard share it.
+    partial = os.path.join(folder, f".{final[:-4]}-{secrets.token_hex(4)}")
+    try:
+        with naming(partial), open(partial, "xb", buffering=0) as stream:
+            with contextlib.suppress(OSError):  # tells others that it is no leftover
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            new = NewShard(stream)
+            yield new
+            os.fsync(stream.fileno())
+            new.size = os.fstat(stream.fileno()).st_size
+        new.path = os.path.join(folder, f"{final[:-4]}.{new.stamp}" if new.stamp else final)
+        os.rename(partial, new.path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
 
 
 def is_publishing(staging: str) -> bool:

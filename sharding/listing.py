@@ -1,4 +1,4 @@
-"""Listing a source: from a folder of files to samples in the order in which they are dealt.
+"""Listing a source: from names of files to samples in the order in which they are dealt.
 
 Every name is part of a sample, or refused, or ignored; the last two are counted by kind. No file is
 opened.
@@ -10,7 +10,6 @@ import functools
 import hashlib
 import os
 import re
-import stat
 import sys
 import time
 import unicodedata
@@ -20,9 +19,9 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from sharding import faults
-from sharding.errors import InputError, argument, explain, warn
+from sharding.errors import InputError, argument, warn
 from sharding.faults import Kind, Report, Tally, quote
-from sharding.places import refuse_url
+from sharding.places import canonical, is_url, source_at
 from sharding.samples import Fields, Sample, judge, name_fault, parse_fields
 
 MAX_GROWN = 100_000  # entries of a table that only saves time
@@ -52,7 +51,8 @@ def list_samples(
     """List a source, check all of it, and put its samples into the order of the shards.
 
     Args:
-        source: the folder, listed recursively, links to folders included, without hidden names.
+        source: the folder or URL, listed recursively, links to folders included, without hidden
+            names.
         fields, optional_fields: see `parse_fields`.
         replace_dots: a character; a file's field is then the longest known one that its name ends
             with, and each dot in front of it becomes this character in the key.
@@ -66,14 +66,13 @@ def list_samples(
     if sys.getfilesystemencoding() != "utf-8":
         raise InputError("file names must be read as UTF-8 to give the same keys; set PYTHONUTF8=1")
     started = time.time()
-    refuse_url("source", source)
     if replace_dots is not None and not re.fullmatch(r"[^\s./\\\0]", replace_dots):
         raise InputError(f"{argument('replace_dots')} takes one character, such as _")
     parsed = parse_fields(fields, optional_fields)
-    scan = _Scan(os.fspath(source), parsed, replace_dots, skip_bad, report or Report())
+    as_given = canonical(source) if is_url(source) else os.fspath(source)
+    scan = Scan(as_given, parsed, replace_dots, skip_bad, report or Report())
     scan.report.open()
-    while scan.folders:
-        scan.list_folder(*scan.folders.pop())
+    source_at(source).list_files(scan)
     skipped = scan.skipped()
     if not skip_bad or not scan.samples:
         scan.refuse()
@@ -85,8 +84,8 @@ def list_samples(
     return Listing(started, scan.source, scan.fields, scan.samples, dict(scan.ignored), skipped)
 
 
-class _Scan:
-    """What has been found so far in a source, and what is still to be listed."""
+class Scan:
+    """What has been found so far in a source; `files.py` and `objects.py` list one into it."""
 
     def __init__(
         self,
@@ -103,8 +102,6 @@ class _Scan:
         self.replace_dots = replace_dots
         self.skip_bad = skip_bad
         self.report = report
-        # To be listed: "" or "cats/" below source, and what tells it and its parents from others.
-        self.folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
         self.samples: list[Sample] = []
         self.tallies: dict[Kind, Tally] = defaultdict(Tally)
         self.ignored: Counter[str] = Counter()  # by extension
@@ -118,62 +115,6 @@ class _Scan:
         self.grown: dict[tuple[tuple[str, ...], str], tuple[str, ...] | None] = {}
         self.tuples: dict[tuple[str, ...], tuple[str, ...]] = {}  # one for all equal ones
         self.verdicts: dict[tuple[str, ...], tuple[Kind | None, tuple[str, ...]]] = {}
-
-    def list_folder(self, prefix: str, parents: tuple[tuple[int, int], ...]) -> None:
-        """List the folder at `prefix`; note the folders within it for later."""
-        held: dict[str, tuple[str, ...]] = {}  # stem -> the extensions that are fields
-        grown, dots = self.grown, self.replace_dots  # the loop sees each file of a dataset
-        folder = os.path.join(self.source, prefix[:-1]) if prefix else self.source
-        try:
-            status = os.stat(folder)
-            itself = status.st_dev, status.st_ino
-            if itself in parents:
-                self.fault(faults.CIRCLE, prefix[:-1])
-                return
-            entries = os.scandir(folder)
-        except OSError as error:
-            if not prefix or not isinstance(error, PermissionError):
-                message = f"{argument('source')} cannot be listed: {explain(error)}"
-                raise InputError(message) from None
-            self.fault(faults.DENIED, prefix[:-1])
-            return
-        with entries:
-            for entry in entries:
-                name = entry.name
-                if name[0] == ".":
-                    continue
-                if dots is None:
-                    stem, _, extension = name.partition(".")
-                else:
-                    stem, extension = self.split_at_field(name)
-                if not entry.is_file(follow_symlinks=False):
-                    try:
-                        mode = os.stat(entry.path).st_mode  # of what a link leads to
-                    except PermissionError:
-                        self.fault(faults.DENIED, prefix + name)
-                        continue
-                    except OSError:
-                        mode = 0
-                    if stat.S_ISDIR(mode):
-                        self.folders.append((f"{prefix}{name}/", (*parents, itself)))
-                        continue
-                    if not stat.S_ISREG(mode):
-                        if extension.lower() in self.known:  # that field is lacking
-                            held.setdefault(stem, ())
-                            self.irregular[prefix + stem].append(prefix + name)
-                        else:
-                            self.ignore(prefix + name, "not a regular file")
-                        continue
-                before = held.get(stem, ())
-                try:
-                    after = grown[before, extension]
-                except KeyError:
-                    after = self.grow(before, extension)
-                if after is None:
-                    self.note_ignored(prefix, name)
-                else:
-                    held[stem] = after
-        self.add_samples(prefix, held)
 
     def split_at_field(self, name: str) -> tuple[str, str]:
         """Return stem and extension of a file whose stem may hold dots."""
@@ -248,8 +189,8 @@ class _Scan:
 
     def may_read(self, stem: str, extensions: Iterable[str]) -> bool:
         """Tell whether all files of a stem may be read; asked if bad ones are skipped alone."""
-        paths = (os.path.join(self.source, f"{stem}.{extension}") for extension in extensions)
-        return all(os.access(path, os.R_OK) for path in paths)
+        paths = [f"{stem}.{extension}" for extension in extensions]
+        return source_at(self.source).may_read(self.source, paths)
 
     def fault(self, kind: Kind, name: str) -> None:
         """Note a name that is refused."""

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from sharding.errors import InputError, argument
-from sharding.shards import Found
+from sharding.shards import Found, NewShard
+
+if TYPE_CHECKING:
+    from sharding.batch import Batch
+    from sharding.listing import Scan
+    from sharding.samples import Sample
 
 _URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -47,6 +53,52 @@ class Dataset(Protocol):
         """Return the size of a shard in bytes."""
 
 
+class Output(Protocol):
+    """Where shards are written."""
+
+    def new_shard(self, folder: str, shard_id: int) -> AbstractContextManager[NewShard]:
+        """Write a shard: it appears when the context ends, whole, or not at all.
+
+        Raises:
+            PackError, OSError: it could not be written.
+        """
+
+
+class Source(Protocol):
+    """Where the raw files of samples are."""
+
+    def list_files(self, scan: Scan) -> None:
+        """List all files below a source, and tell the scan of each.
+
+        Raises:
+            InputError: the source cannot be listed.
+        """
+
+    def may_read(self, source: str, paths: list[str]) -> bool:
+        """Tell whether these files may be read, as far as that can be told without reading."""
+
+    def listed_bytes(self, samples: Iterable[Sample]) -> int:
+        """Return the bytes that must be fetched to pack these samples."""
+
+    def read_batches(
+        self, source: str | os.PathLike[str], samples: Iterable[Sample]
+    ) -> Generator[Batch, None, None]:
+        """Yield all samples in order, a batch at a time, read ahead where files open slowly.
+
+        Raises:
+            PackError: a file was changed since it was listed, or while it was read.
+            OSError: a file cannot be read; it names the file.
+        """
+
+    def stamp_of(self, source: str | os.PathLike[str], samples: Iterable[Sample]) -> str:
+        """Return the stamp of samples as they are now; reading them gives it if none changed."""
+
+    def open_file(
+        self, source: str | os.PathLike[str], path: str
+    ) -> AbstractContextManager[tuple[BinaryIO, int]]:
+        """Open one file, of any size; the context gives the stream and its size in bytes."""
+
+
 def is_url(path: str | os.PathLike[str]) -> bool:
     """Tell whether a path is a URL of a bucket.
 
@@ -57,6 +109,11 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     if scheme and scheme[1] != "s3":
         raise InputError(f"{path!r}: such URLs are not supported; give a folder or s3://BUCKET/KEY")
     return bool(scheme)
+
+
+def canonical(path: str | os.PathLike[str]) -> str:
+    """Return a path that means the same in any process."""
+    return os.fspath(path).rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
 def refuse_url(name: str, path: str | os.PathLike[str]) -> None:
@@ -73,4 +130,24 @@ def dataset_at(path: str | os.PathLike[str]) -> Dataset:
         return bucket
     from sharding import folder
 
+    return folder
+
+
+def source_at(path: str | os.PathLike[str]) -> Source:
+    """Return what lists and reads a source there."""
+    if is_url(path):
+        from sharding import objects
+
+        return objects
+    from sharding import files
+
+    return files
+
+
+def output_at(path: str | os.PathLike[str]) -> Output:
+    """Return what writes shards there."""
+    from sharding import folder
+
+    if is_url(path):
+        raise InputError(f"{argument('output')} {path!r}: give a folder")
     return folder

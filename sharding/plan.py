@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     host: str
     driver: int | None  # the process without which no worker goes on; None for an array job
     usual: tuple[str, ...] = ()  # extensions of the samples whose line is their key alone
+    source_bytes: int = 0  # that must be fetched: of a bucket, of all samples
     digest: str = _NO_DIGEST  # of the samples, as they are dealt
 
 
@@ -73,8 +74,7 @@ def read_plan(folder: str) -> Plan:
         PackError: there is none, or it is damaged.
     """
     with _opening(folder) as path, open(path, "rb") as stream:
-        plan = Plan(**json.loads(stream.readline()))
-        return plan._replace(usual=tuple(plan.usual))
+        return _from_header(stream.readline())
 
 
 def read_shard(folder: str, shard_id: int) -> list[Sample]:
@@ -84,14 +84,14 @@ def read_shard(folder: str, shard_id: int) -> list[Sample]:
         PackError: there is no plan, or it is damaged.
     """
     with _opening(folder) as path, open(path, "rb") as stream:
-        usual = tuple(json.loads(stream.readline())["usual"])
+        plan = _from_header(stream.readline())
         size = len(_PLACE % 0)
         stream.seek(shard_id * size, os.SEEK_CUR)
         begin, end = int(stream.read(size)), int(stream.read(size))
         stream.seek(begin)
         lines = stream.read(end - begin).decode().split("\n")[:-1]
     with _opening(folder):
-        return [_from_line(line, usual) for line in lines]
+        return [_from_line(line, plan) for line in lines]
 
 
 @contextlib.contextmanager
@@ -109,16 +109,24 @@ def _header(plan: Plan) -> bytes:
     return (json.dumps(plan._asdict()) + "\n").encode()
 
 
+def _from_header(line: bytes) -> Plan:
+    plan = Plan(**json.loads(line))
+    return plan._replace(usual=tuple(plan.usual))
+
+
 def _to_lines(samples: Sequence[Sample], usual: tuple[str, ...]) -> Iterator[str]:
-    for key, stem, extensions in samples:
+    for key, stem, extensions, listed in samples:
         if extensions == usual and key == stem and key[0] != "[":
-            yield f"{key}\n"
+            yield f"{key}\t{listed}\n" if listed else f"{key}\n"
         else:
-            yield json.dumps([key, stem, extensions], ensure_ascii=False) + "\n"
+            yield json.dumps([key, stem, extensions, listed], ensure_ascii=False) + "\n"
 
 
-def _from_line(line: str, usual: tuple[str, ...]) -> Sample:
-    if line[0] != "[":
-        return Sample(line, line, usual)
-    key, stem, extensions = json.loads(line)
-    return Sample(key, stem, tuple(extensions))
+def _from_line(line: str, plan: Plan) -> Sample:
+    if line[0] == "[":
+        key, stem, extensions, listed = json.loads(line)
+        return Sample(key, stem, tuple(extensions), listed)
+    key, listed = line, ""
+    if plan.source_bytes:  # a bucket, in whose keys there are no tabs
+        key, _, listed = line.rpartition("\t")
+    return Sample(key, key, plan.usual, listed)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from sharding.errors import PackError, argument, count, warn
 from sharding.faults import left_out
-from sharding.files import stamp_of
 from sharding.folder import (
     LOCK,
     begin_publishing,
@@ -24,6 +23,7 @@ from sharding.folder import (
     cut_short,
     is_publishing,
     is_staging,
+    kept_shards,
     lock_output,
     move_staging,
     new_staging,
@@ -34,9 +34,10 @@ from sharding.folder import (
     staging_folders,
 )
 from sharding.listing import Listing
-from sharding.places import refuse_url
+from sharding.pack import write_shard
+from sharding.places import canonical, output_at, source_at
 from sharding.plan import PLAN, Plan, read_plan, read_shard, write_plan
-from sharding.shards import Progress, Shard, check_shard_numbers, shard_name, write_shard
+from sharding.shards import Progress, Shard, check_shard_numbers, shard_name
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that ask a run to end
 
@@ -81,7 +82,7 @@ def start(
         InputError: bad input; nothing was written.
         PackError: another run is packing into this output.
     """
-    refuse_url("output", output)
+    output_at(output)
     check_output(output, listing)
     output, samples = os.path.abspath(output), listing.samples
     total = total_shards or -(-len(samples) // (samples_per_shard or len(samples)))
@@ -93,7 +94,7 @@ def start(
     folder = new_staging(output)
     os.mkdir(folder)
     plan = Plan(
-        source=os.path.abspath(listing.source),
+        source=canonical(listing.source),
         fields=str(listing.fields),
         total_shards=total,
         total_samples=len(samples),
@@ -102,6 +103,7 @@ def start(
         started=listing.started,
         host=os.uname().nodename,
         driver=driver,
+        source_bytes=source_at(listing.source).listed_bytes(samples),
     )
     try:
         run = Run(folder, write_plan(folder, plan, samples))
@@ -135,7 +137,7 @@ def pack(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
     """
     samples = read_shard(run.folder, shard_id)
     old = _left_shards(run.folder).get(shard_id, [])
-    stamp = stamp_of(run.plan.source, samples) if old else ""
+    stamp = source_at(run.plan.source).stamp_of(run.plan.source, samples) if old else ""
     kept = [path for path in old if path.endswith(stamp) and os.path.exists(path)]
     if kept:
         size = os.stat(kept[0]).st_size
@@ -177,6 +179,7 @@ def finish(run: Run) -> str:
         PackError: shards are missing; the previous dataset is untouched.
     """
     plan = run.plan
+    down = _fetched(run)
     # To stop now would leave neither the old dataset nor the new one.
     handlers = [signal.signal(number, signal.SIG_IGN) for number in STOPPING]
     try:
@@ -188,9 +191,19 @@ def finish(run: Run) -> str:
         f"{count(plan.total_samples, 'sample')} in {count(len(sizes), 'shard')}, "
         f"{sum(sizes):,} bytes "
         f"(mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
-        f"in {time.time() - plan.started:.1f} s"
+        f"in {time.time() - plan.started:.1f} s{down}"
         f"{left_out('ignored', plan.ignored)}{left_out('skipped', plan.skipped)}"
     )
+
+
+def _fetched(run: Run) -> str:
+    """Return how many bytes this run has fetched from a bucket, for the summary."""
+    if not run.plan.source_bytes:
+        return ""
+    bucket = source_at(run.plan.source)
+    kept = (read_shard(run.folder, shard_id) for shard_id in kept_shards(run.folder))
+    fetched = run.plan.source_bytes - sum(map(bucket.listed_bytes, kept))
+    return f"; {fetched:,} bytes down"
 
 
 def finish_publishing(output: str) -> bool:

@@ -1,29 +1,18 @@
-"""A shard: its number and name, and how it is written, whole or not at all.
-
-Input: the samples of one shard. Output: one tar file. Kept separate because everything that finds,
-stages or replaces shards asks here for their names.
-"""
+"""A shard: its number and its name; everything that finds, stages or replaces shards asks here."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
 import re
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
 
-from sharding.archive import FastTarWriter
-from sharding.errors import InputError, argument, count, naming
-from sharding.files import new_stamp, read_batches
-from sharding.samples import Sample
+from sharding.errors import InputError, argument, count
 
 DIGITS = 6  # of the number in a shard's name
 MAX_SHARDS = 10**DIGITS
 _NUMBERED = rf"shard-([0-9]{{{DIGITS}}})"
 SHARD_PATTERN = re.compile(rf"{_NUMBERED}\.tar")
-STAGED_PATTERN = re.compile(rf"{_NUMBERED}\.([0-9a-f]{{32}})")  # see write_shard
+STAGED_PATTERN = re.compile(rf"{_NUMBERED}\.([0-9a-f]{{32}})")  # see folder.new_shard
 STRAY_PATTERN = re.compile(r"shard-.*\.tar", re.DOTALL)  # what readers glob
 PARTIAL_PATTERN = re.compile(rf"\.{_NUMBERED}-[0-9a-f]{{8}}")
 STRAY = "stray file, which readers may take for a shard"
@@ -44,6 +33,16 @@ class Shard(NamedTuple):
     def report(self) -> str:
         """Return the line that says what became of the shard."""
         return f"Shard {self.shard_id} {self.how} with {self.samples} samples."
+
+
+class NewShard:
+    """A shard that is being written."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.stamp = ""  # of its files, if it waits in a run until all shards are there
+        self.path = ""  # this and the next are known once it is whole
+        self.size = 0
 
 
 class Found(NamedTuple):
@@ -74,66 +73,3 @@ def check_shard_numbers(total_shards: int, samples: int, shard_id: int = 0) -> N
         raise InputError(
             f"{total_shards} shards for {count(samples, 'sample')}: choose at most {samples}"
         )
-
-
-def write_shard(
-    source: str | os.PathLike[str],
-    samples: Sequence[Sample],
-    folder: str | os.PathLike[str],
-    shard_id: int,
-    progress: Progress | None = None,
-    staged: bool = False,
-) -> Shard:
-    """Write one tar of these samples; it gets its name only when it is whole and on the disk.
-
-    Args:
-        staged: the name ends in the stamp of the files instead of ".tar", so that it says what
-            the shard was made of, and no reader takes it for one.
-
-    Raises:
-        PackError, OSError: packing failed; no shard appeared.
-    """
-    final = shard_name(shard_id)
-    # No reader globs this name, and no two attempts at the same shard share it.
-    partial = os.path.join(folder, f".{final[:-4]}-{secrets.token_hex(4)}")
-    try:
-        with naming(partial), open(partial, "xb", buffering=0) as stream:
-            with contextlib.suppress(OSError):  # tells others that it is no leftover
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stamp = write_samples(stream, source, samples, progress)
-            os.fsync(stream.fileno())
-            size = os.fstat(stream.fileno()).st_size
-        path = os.path.join(folder, f"{final[:-4]}.{stamp}" if staged else final)
-        os.rename(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
-    return Shard(shard_id, len(samples), size, path)
-
-
-def write_samples(
-    stream: BinaryIO,
-    source: str | os.PathLike[str],
-    samples: Sequence[Sample],
-    progress: Progress | None = None,
-) -> str:
-    """Write the tar archive of these samples to a stream.
-
-    Members of a sample lie side by side, named <key>.<field>, as the format asks
-    (https://github.com/webdataset/webdataset, "The WebDataset Format"); bytes in, bytes out.
-
-    Returns:
-        The stamp of the files: see `stamp_of`.
-    """
-    seen = new_stamp()
-    with (
-        contextlib.closing(read_batches(source, samples)) as batches,
-        FastTarWriter(stream) as sink,
-    ):
-        for batch in batches:
-            sink.write_members(batch.names, batch.contents)
-            seen.update(batch.stamp())
-            if progress:
-                progress(batch.samples)
-    return str(seen.hexdigest())

@@ -22,13 +22,14 @@ from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 from sharding.archive import Damaged, read_members
+from sharding.batch import in_order
 from sharding.errors import PackError
 from sharding.faults import SHOWN, Report
-from sharding.files import in_order
 from sharding.listing import Listing
-from sharding.places import dataset_at, is_url
+from sharding.pack import write_samples
+from sharding.places import dataset_at, is_url, source_at
 from sharding.samples import RESERVED_FOLDER, Fields, Sample, deal, judge, split_name
-from sharding.shards import shard_name, shard_number, write_samples
+from sharding.shards import shard_name, shard_number
 
 MISPLACED = "sample in another shard than this source and its flags say"
 
@@ -324,11 +325,10 @@ def _compare_content(
     path = dict(zip(sample.members(), sample.files(), strict=True)).get(member)
     if path is None:
         return
-    with open(os.path.join(source, path), "rb") as file:
+    with source_at(source).open_file(source, path) as (file, size):
         start = stream.tell()
         pieces = iter(lambda: file.read(1 << 20), b"")
-        left = length - os.fstat(file.fileno()).st_size
-        if left or any(piece != stream.read(len(piece)) for piece in pieces):
+        if size != length or any(piece != stream.read(len(piece)) for piece in pieces):
             yield "bytes differ from the source", member, repr(member)
         stream.seek(start)
 

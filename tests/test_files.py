@@ -22,7 +22,7 @@ from sharding import files
 from sharding.errors import PackError
 from sharding.folder import remove_leftovers
 from sharding.listing import list_samples
-from sharding.shards import write_shard
+from sharding.pack import write_shard
 
 
 def test_shards_packed_in_threads(tmp_path: Path) -> None:

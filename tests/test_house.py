@@ -20,6 +20,7 @@ ALLOWED = {
     ("bucket", "obstore", True),
     ("images", "PIL", True),
     ("store", "obstore", True),
+    ("objects", "obstore", True),
     ("pipeline", "webdataset", True),
     ("training", "webdataset", False),
     ("command", "tqdm", False),

@@ -220,7 +220,7 @@ def test_many_faults_are_cheap(tmp_path: Path) -> None:
         assert time.process_time() - began < 2
 
 
-URLS = ["s3://bucket/x", "gs://b/x", "hf://datasets/x", "http://127.0.0.1:9/x", "file:///tmp/x"]
+URLS = ["gs://b/x", "hf://datasets/x", "http://127.0.0.1:9/x", "file:///tmp/x"]
 
 
 @pytest.mark.parametrize("url", URLS)
@@ -230,7 +230,7 @@ def test_urls_are_refused(driver: str, flag: str, url: str, tmp_path: Path) -> N
     source = write_pairs(tmp_path / "s", 4)
     flags = ["--source", source, "--output", "o", flag, url]
     done = run_script(driver, *flags, cwd=tmp_path)
-    assert done.returncode == 2 and f"{flag} '{url}'" in done.stderr, done
+    assert done.returncode == 2 and f"'{url}': such URLs are not" in done.stderr, done
     assert os.listdir(tmp_path) == ["s"]
 
 

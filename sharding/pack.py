@@ -1,0 +1,65 @@
+"""One shard, from the files of its samples to one tar, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import BinaryIO
+
+from sharding.archive import FastTarWriter
+from sharding.batch import new_stamp
+from sharding.places import output_at, source_at
+from sharding.samples import Sample
+from sharding.shards import Progress, Shard
+
+
+def write_shard(
+    source: str | os.PathLike[str],
+    samples: Sequence[Sample],
+    folder: str | os.PathLike[str],
+    shard_id: int,
+    progress: Progress | None = None,
+    staged: bool = False,
+) -> Shard:
+    """Write one tar of these samples; it appears only when it is whole and stored.
+
+    Args:
+        folder: where the shard goes; of a run, if it is
+        staged: to wait there until all shards are finished, under the stamp of its files.
+
+    Raises:
+        PackError, OSError: packing failed; no shard appeared.
+    """
+    with output_at(folder).new_shard(os.fspath(folder), shard_id) as new:
+        stamp = write_samples(new.stream, source, samples, progress)
+        if staged:
+            new.stamp = stamp
+    return Shard(shard_id, len(samples), new.size, new.path)
+
+
+def write_samples(
+    stream: BinaryIO,
+    source: str | os.PathLike[str],
+    samples: Sequence[Sample],
+    progress: Progress | None = None,
+) -> str:
+    """Write the tar archive of these samples to a stream.
+
+    Members of a sample lie side by side, named <key>.<field>, as the format asks
+    (https://github.com/webdataset/webdataset, "The WebDataset Format"); bytes in, bytes out.
+
+    Returns:
+        The stamp of the files, as `stamp_of` of the source gives it, if none has changed.
+    """
+    seen = new_stamp()
+    with (
+        contextlib.closing(source_at(source).read_batches(source, samples)) as batches,
+        FastTarWriter(stream) as sink,
+    ):
+        for batch in batches:
+            sink.write_members(batch.names, batch.contents)
+            seen.update(batch.stamp())
+            if progress:
+                progress(batch.samples)
+    return str(seen.hexdigest())
