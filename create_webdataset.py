@@ -25,13 +25,6 @@ from sharding.command import (
     require,
 )
 from sharding.errors import InputError, PackError, argument, explain
-from sharding.folder import (
-    INTERRUPTED,
-    check_output,
-    cut_short,
-    remove_leftovers,
-    sync_folder,
-)
 from sharding.listing import list_samples
 from sharding.pack import write_shard
 from sharding.places import output_at
@@ -89,9 +82,9 @@ def create_webdataset(
     )
     check_shard_numbers(total_shards, len(listing.samples), shard_id)
     samples = deal(listing.samples, shard_id, total_shards)  # [shard_id::total_shards]
-    output_at(output)
-    check_output(output, listing)
-    os.makedirs(output, exist_ok=True)
+    where = output_at(output)
+    where.check_output(os.fspath(output), listing)
+    where.prepare(os.fspath(output), [shard_id])
     return write_shard(listing.source, samples, output, shard_id, progress)
 
 
@@ -100,7 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(USAGE, "Pack one shard (or every K-th) of a folder of samples.", EXAMPLES)
     add_source_arguments(parser)
     add = parser.add_argument_group("the shards").add_argument
-    add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
+    add(
+        "--output",
+        metavar="DIR",
+        help="folder (made when it is missing) or s3:// URL for the shards",
+    )
     add("--shard-id", metavar="I", type=int, help="the shard to pack, from 0")
     number = number_from(1, MAX_SHARDS)
     add(
@@ -131,14 +128,11 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     total = args.total_shards
     listing = list_source(args)
     check_shard_numbers(total, len(listing.samples), args.shard_id)
-    output_at(args.output)
-    check_output(args.output, listing)
+    where = output_at(args.output)
+    where.check_output(args.output, listing)
     shard_ids = every(args, total)
     shards = {shard_id: deal(listing.samples, shard_id, total) for shard_id in shard_ids}
-    os.makedirs(args.output, exist_ok=True)
-    if cut_short(args.output):
-        raise PackError(INTERRUPTED)
-    remove_leftovers(args.output, shard_ids)
+    where.prepare(args.output, shard_ids)
 
     def pack(shard_id: int, progress: Progress) -> Shard:
         return write_shard(listing.source, shards[shard_id], args.output, shard_id, progress)
@@ -186,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed = True
             bar.say(line, stream)
     if not args.run:
-        sync_folder(args.output)
+        output_at(args.output).settle(args.output)
     return 1 if failed else 0
 
 

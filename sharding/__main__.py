@@ -26,8 +26,8 @@ from sharding.command import (
     run_options,
 )
 from sharding.errors import InputError
-from sharding.folder import is_staging, lock_output
-from sharding.run import STOPPING, finish, finish_publishing, load, start
+from sharding.places import canonical, output_at
+from sharding.run import STOPPING, finish, load, start
 
 USAGE = "python sharding start [options] | python sharding publish --run DIR"
 EXAMPLES = """examples:
@@ -79,16 +79,14 @@ def publish_run(argv: Sequence[str]) -> int:
     parser.add_argument("--run", metavar="DIR", required=True, help="what `start` printed")
     args = parser.parse_args(argv)
     require(args, "run")
-    args.run = os.path.abspath(args.run)
-    output = os.path.dirname(args.run)
-    if is_staging(args.run) and not os.path.exists(args.run) and os.path.isdir(output):
-        lock_output(output)
-        if finish_publishing(output):
-            print("publishing was interrupted; now all shards are in place")
-            return 0
-    run = load(args.run)
+    folder = canonical(args.run)
+    where = output_at(folder)
+    if where.finish_cut(folder):
+        print("publishing was interrupted; now all shards are in place")
+        return 0
+    run = load(folder)
     if run.plan.driver is None:
-        lock_output(run.output)
+        where.lock_output(run.output)
     else:  # this is the last step of run_parallel.sh, which holds the lock
         sys.argv[0] = "run_parallel.sh"
     print(finish(run))

@@ -29,14 +29,11 @@ def find_shards(path: str) -> Found:
 def list_shards(url: str) -> Found:
     """List the shards at a prefix, in this process."""
     check_bucket(url)
-    bucket, prefix = split(url)
-    names = list(_names(bucket, prefix))
-    if names:
-        folder, pattern = "/".join(filter(None, ("s3:/", bucket, prefix))), ""
-    else:  # the last part is a pattern, or the shard itself
-        prefix, _, pattern = prefix.rpartition("/")
-        folder = "/".join(filter(None, ("s3:/", bucket, prefix)))
-        names = list(_names(bucket, prefix))
+    folder, pattern = base(url), ""
+    names = list(objects_at(folder))
+    if not names:  # the last part is a pattern, or the shard itself
+        folder, _, pattern = folder.rpartition("/")
+        names = list(objects_at(folder)) if split(url)[1] else []
     if PLAN in names:
         raise PackError(f"{folder!r}: a run is not finished; finish it with --resume")
     if pattern:
@@ -50,11 +47,17 @@ def list_shards(url: str) -> Found:
     )
 
 
-def _names(bucket: str, prefix: str) -> Iterator[str]:
-    """Yield the names of the objects directly below a prefix."""
-    with saying(f"s3://{bucket}/{prefix}"):
-        for item in obstore.list_with_delimiter(connect(bucket), prefix or None)["objects"]:
-            yield item["path"].rpartition("/")[2]
+def base(url: str) -> str:
+    """Return a URL without the slash at its end: what a name is put behind."""
+    return "/".join(filter(None, ("s3:/", *split(url))))
+
+
+def objects_at(url: str) -> dict[str, Any]:
+    """Return the objects directly below a prefix: name -> what the store says of them."""
+    bucket, prefix = split(url)
+    with saying(url):
+        items = obstore.list_with_delimiter(connect(bucket), prefix or None)["objects"]
+    return {item["path"].rpartition("/")[2]: item for item in items}
 
 
 def identify(shards: Sequence[str]) -> Any:
@@ -64,16 +67,13 @@ def identify(shards: Sequence[str]) -> Any:
 
 def etags(urls: Iterable[str]) -> list[str | None]:
     """Return the etag of each of these objects, in this process."""
-    folders: dict[str, dict[str, str | None]] = {}
+    folders: dict[str, dict[str, Any]] = {}
     found = []
     for url in urls:
         folder, _, name = url.rpartition("/")
         if folder not in folders:
-            bucket, prefix = split(folder)
-            with saying(folder):
-                items = obstore.list_with_delimiter(connect(bucket), prefix or None)["objects"]
-            folders[folder] = {i["path"].rpartition("/")[2]: i["e_tag"] for i in items}
-        found.append(folders[folder].get(name))
+            folders[folder] = objects_at(folder)
+        found.append(folders[folder].get(name, {}).get("e_tag"))
     return found
 
 

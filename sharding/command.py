@@ -55,7 +55,7 @@ def require(args: argparse.Namespace, *names: str) -> None:
 def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the source") -> None:
     """Add the flags that say what a source is, and mean the same in every script."""
     add = parser.add_argument_group(title).add_argument
-    add("--source", metavar="DIR", help="folder of the raw files, listed recursively")
+    add("--source", metavar="DIR", help="folder or s3:// URL of the raw files, listed recursively")
     what = "a sample's files (default: %(default)s); A;B for one of two"
     add("--fields", metavar="A,B", default="jpg,txt", help=what)
     add("--optional-fields", metavar="A,B", default="", help="files that a sample may lack")
@@ -83,7 +83,11 @@ def driver_parser(command: str, purpose: str, example: str = "") -> argparse.Arg
     parser = Parser(f"{command} [options]", f"{purpose}\n{where}", examples)
     add_source_arguments(parser)
     add = parser.add_argument_group("the output").add_argument
-    add("--output", metavar="DIR", help="folder for the shards, made when it is missing")
+    add(
+        "--output",
+        metavar="DIR",
+        help="folder (made when it is missing) or s3:// URL for the shards",
+    )
     add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
     add = parser.add_argument_group("the work").add_argument
     number = number_from(1, MAX_SHARDS)

@@ -1,40 +1,29 @@
-"""What only a folder does: check an output, lock it, stage a run, publish it, find the shards.
+"""What only a folder does: find the shards of a dataset, and open them. See `places.Dataset`.
 
-Kept separate so that an object store can offer the same few names in a file of its own.
+Writing is in folder_run.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import re
-import secrets
-import shutil
-import time
-from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
-from sharding.errors import InputError, PackError, argument, count, explain, naming, warn
+from sharding.errors import InputError, PackError, argument, explain, naming
 from sharding.shards import (
-    MAX_SHARDS,
-    PARTIAL_PATTERN,
     REPLACED,
     SHARD_PATTERN,
-    STAGED_PATTERN,
     STRAY,
     STRAY_PATTERN,
     Found,
-    NewShard,
-    shard_name,
 )
 
 if TYPE_CHECKING:
-    from sharding.listing import Listing
+    pass
 
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 GONE = ".webdataset-gone-"  # begins the name of one that is being removed
@@ -50,70 +39,6 @@ INTERRUPTED = (
 )
 
 
-def check_output(output: str | os.PathLike[str], listing: Listing) -> None:
-    """Refuse an output where writing shards would fail or overwrite something."""
-    name = f"{argument('output')} {os.fspath(output)!r}"
-    replaces = "tar" in listing.fields.known() and os.path.isdir(listing.source)
-    inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(listing.source))
-    if replaces and inside:
-        raise InputError(f"{name} is inside {argument('source')}, whose tars it could replace")
-    if replaces:  # a link may lead from the source to the output
-        here = os.path.realpath(output)
-        for file in (file for sample in listing.samples for file in sample.files()):
-            folder, base = os.path.split(os.path.realpath(os.path.join(listing.source, file)))
-            if folder == here and SHARD_PATTERN.fullmatch(base):
-                raise InputError(f"{name} holds {file!r} of {argument('source')}; choose another")
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise InputError(f"{name} is no folder")
-    strays = []
-    with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(output):
-            if SHARD_PATTERN.fullmatch(entry.name):
-                if entry.is_dir(follow_symlinks=False):
-                    raise InputError(
-                        f"{entry.path!r} is a folder with a shard's name; move it away"
-                    )
-            elif STRAY_PATTERN.fullmatch(entry.name):
-                strays.append(entry.name)
-    if strays:
-        found = f"{count(len(strays), 'file')} ({min(strays)!r})"
-        warn(f"{name} has {found} not named like its shards, which readers may take for some")
-
-
-def lock_output(output: str) -> int:
-    """Take the lock of an output; it is released when the last holder of the descriptor ends.
-
-    Raises:
-        PackError: another run holds it.
-    """
-    path, deadline = os.path.join(output, LOCK), time.monotonic() + LOCK_WAIT
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        except FileNotFoundError:
-            pass  # the run that held it has just ended and removed the file
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                warn(f"{output!r}: no locks on this file system: two runs would not see each other")
-                return fd
-            if not isinstance(error, BlockingIOError):
-                raise
-            if time.monotonic() > deadline:
-                os.close(fd)
-                message = f"another run is packing into {output!r}; wait, or stop it"
-                raise PackError(message) from None
-            time.sleep(LOCK_WAIT / 10)
-        os.close(fd)
-
-
-def new_staging(output: str) -> str:
-    """Return the path of a staging folder that no other run has."""
-    return os.path.join(output, STAGING + secrets.token_hex(8))
-
-
 def staging_folders(output: str | os.PathLike[str]) -> list[str]:
     """Return the staging folders that runs have left in an output."""
     return [
@@ -123,88 +48,9 @@ def staging_folders(output: str | os.PathLike[str]) -> list[str]:
     ]
 
 
-def staged_shards(staging: str) -> dict[int, list[str]]:
-    """Return the shards that a run has finished: number -> paths of its versions, mostly one."""
-    found: dict[int, list[str]] = defaultdict(list)
-    for name in os.listdir(staging):
-        if match := STAGED_PATTERN.fullmatch(name):
-            found[int(match[1])].append(os.path.join(staging, name))
-    return dict(found)
-
-
-def kept_shards(staging: str) -> list[int]:
-    """Return which shards are older than the plan of their run: of one that was interrupted."""
-    began = os.stat(os.path.join(staging, "plan")).st_mtime_ns
-    staged = staged_shards(staging).items()
-    return [shard_id for shard_id, paths in staged if os.stat(paths[0]).st_mtime_ns < began]
-
-
 def is_staging(path: str) -> bool:
     """Tell whether a path has the name of a staging folder."""
     return bool(re.fullmatch(re.escape(STAGING) + "[0-9a-f]{16}", os.path.basename(path)))
-
-
-def move_staging(staging: str) -> str:
-    """Give a staging folder a new name, so that late tasks find their folder gone; return it."""
-    new = new_staging(os.path.dirname(staging))
-    os.rename(staging, new)
-    return new
-
-
-def remove_staging(staging: str) -> None:
-    """Remove a staging folder; as soon as it has another name, it is none any more."""
-    gone = os.path.join(os.path.dirname(staging), GONE + secrets.token_hex(8))
-    os.rename(staging, gone)
-    shutil.rmtree(gone)
-
-
-def remove_leftovers(output: str, shard_ids: Container[int] = range(MAX_SHARDS)) -> None:
-    """Remove what killed attempts at these shards left, and staging folders half removed."""
-    for name in os.listdir(output):
-        path = os.path.join(output, name)
-        if match := PARTIAL_PATTERN.fullmatch(name):
-            if int(match[1]) in shard_ids and not _is_being_written(path):
-                os.unlink(path)
-        elif re.fullmatch(re.escape(GONE) + "[0-9a-f]{16}", name) and not os.path.islink(path):
-            shutil.rmtree(path)
-
-
-def _is_being_written(path: str) -> bool:
-    """Tell whether a process has this partial shard locked."""
-    with open(path, "rb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # no locks on this file system
-            pass
-        return False
-
-
-@contextlib.contextmanager
-def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
-    """Write a shard into a folder; it gets its name only when it is whole and on the disk.
-
-    With a stamp, the name ends in that instead of ".tar": so it says what the shard was made of,
-    and no reader takes it for one.
-    """
-    final = shard_name(shard_id)
-    # No reader globs this name, and no two attempts at the same shard share it.
-    partial = os.path.join(folder, f".{final[:-4]}-{secrets.token_hex(4)}")
-    try:
-        with naming(partial), open(partial, "xb", buffering=0) as stream:
-            with contextlib.suppress(OSError):  # tells others that it is no leftover
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            new = NewShard(stream)
-            yield new
-            os.fsync(stream.fileno())
-            new.size = os.fstat(stream.fileno()).st_size
-        new.path = os.path.join(folder, f"{final[:-4]}.{new.stamp}" if new.stamp else final)
-        os.rename(partial, new.path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
 
 
 def is_publishing(staging: str) -> bool:
@@ -215,46 +61,6 @@ def is_publishing(staging: str) -> bool:
 def cut_short(output: str | os.PathLike[str]) -> list[str]:
     """Return the staging folders of runs that were cut short while they were publishing."""
     return list(filter(is_publishing, staging_folders(output)))
-
-
-def begin_publishing(staging: str) -> None:
-    """Mark a run as one whose shards replace the previous ones."""
-    path = os.path.join(staging, MARKER)
-    try:
-        with open(path, "xb"):
-            sync_folder(staging)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise
-
-
-def publish(staging: str, total_shards: int) -> None:
-    """Move shards to their final place; what is moved already, by a run cut short, stays."""
-    output = os.path.dirname(staging)
-    for shard_id, (path,) in sorted(staged_shards(staging).items()):
-        os.rename(path, os.path.join(output, shard_name(shard_id)))
-    for name in os.listdir(output):
-        match = SHARD_PATTERN.fullmatch(name)
-        if match and int(match[1]) >= total_shards:  # of a larger dataset
-            os.unlink(os.path.join(output, name))
-    sync_folder(output)
-    remove_staging(staging)
-
-
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Flush the names in a folder to the disk, as fsync does for the content of a file."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(fd)
-
-
-# ---------------------------------------------------------------- reading: see places.Dataset
 
 
 def find_shards(path: str) -> Found:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -17,7 +17,8 @@ from sharding.shards import Found, NewShard
 
 if TYPE_CHECKING:
     from sharding.batch import Batch
-    from sharding.listing import Scan
+    from sharding.listing import Listing, Scan
+    from sharding.plan import Plan
     from sharding.samples import Sample
 
 _URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -54,7 +55,45 @@ class Dataset(Protocol):
 
 
 class Output(Protocol):
-    """Where shards are written."""
+    """Where shards are written: by a run, or single ones."""
+
+    def check_output(self, output: str, listing: Listing) -> None:
+        """Refuse an output where writing shards would fail or overwrite something.
+
+        Raises:
+            InputError: nothing was written.
+        """
+
+    def prepare(self, output: str, shard_ids: Container[int]) -> None:
+        """Prepare for single shards that are written without a run."""
+
+    def settle(self, output: str) -> None:
+        """End what `prepare` began."""
+
+    def begin(
+        self, output: str, plan: Plan, samples: Sequence[Sample], resume: bool
+    ) -> tuple[str, Plan, int]:
+        """Begin a run: the only one there; what others left is finished, resumed or cleared.
+
+        Returns:
+            How the run is named from now on; its plan with the digest of its samples; a
+            descriptor that holds its lock, or -1.
+
+        Raises:
+            PackError: another run is at work there.
+        """
+
+    def read_plan(self, folder: str) -> Plan:
+        """Return the plan of a run."""
+
+    def read_shard(self, folder: str, shard_id: int) -> list[Sample]:
+        """Return the samples of one shard of a run."""
+
+    def left_shards(self, folder: str) -> Mapping[int, Sequence[object]]:
+        """Return what an interrupted run had finished: by the number of the shard."""
+
+    def find_kept(self, folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
+        """Return path and size of such a shard, if it is of this stamp; older ones are dropped."""
 
     def new_shard(self, folder: str, shard_id: int) -> AbstractContextManager[NewShard]:
         """Write a shard: it appears when the context ends, whole, or not at all.
@@ -62,6 +101,25 @@ class Output(Protocol):
         Raises:
             PackError, OSError: it could not be written.
         """
+
+    def kept_shards(self, folder: str) -> list[int]:
+        """Return which finished shards an earlier run had packed."""
+
+    def publish(self, folder: str, plan: Plan) -> list[int]:
+        """Make the shards of a run the dataset; return their sizes in bytes.
+
+        Raises:
+            PackError: some are missing; the previous dataset, if any, is untouched.
+        """
+
+    def finish_cut(self, folder: str) -> bool:
+        """Finish a run that was cut short while it was publishing; tell whether there was one."""
+
+    def lock_output(self, output: str) -> int:
+        """Take the lock of an output for publishing; return what holds it, or -1."""
+
+    def sees(self, folder: str) -> bool:
+        """Tell whether shards of a run can be written from here."""
 
 
 class Source(Protocol):
@@ -146,8 +204,10 @@ def source_at(path: str | os.PathLike[str]) -> Source:
 
 def output_at(path: str | os.PathLike[str]) -> Output:
     """Return what writes shards there."""
-    from sharding import folder
-
     if is_url(path):
-        raise InputError(f"{argument('output')} {path!r}: give a folder")
-    return folder
+        from sharding import bucket_run
+
+        return bucket_run
+    from sharding import folder_run
+
+    return folder_run

@@ -11,9 +11,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from sharding.errors import PackError, naming
+from sharding.errors import PackError, count, naming, warn
 from sharding.samples import Sample, deal
 
 PLAN = "plan"  # the name of the file, in the folder of a run
@@ -34,33 +34,67 @@ class Plan(NamedTuple):
     host: str
     driver: int | None  # the process without which no worker goes on; None for an array job
     usual: tuple[str, ...] = ()  # extensions of the samples whose line is their key alone
+    run: str = ""  # in a bucket, the id of the run
     source_bytes: int = 0  # that must be fetched: of a bucket, of all samples
     digest: str = _NO_DIGEST  # of the samples, as they are dealt
 
 
+def dump_plan(stream: BinaryIO, plan: Plan, samples: Sequence[Sample]) -> Plan:
+    """Write a plan to a stream that can seek, and return it with the digest of its samples."""
+    total = plan.total_shards
+    plan = plan._replace(usual=samples[0].extensions)
+    seen = hashlib.blake2b(repr(plan.usual).encode(), digest_size=len(_NO_DIGEST) // 2)
+    stream.write(_header(plan))
+    first, places = stream.tell(), []
+    stream.write((_PLACE * (total + 1) % ((0,) * (total + 1))).encode())
+    for shard_id in range(total):
+        places.append(stream.tell())
+        lines = "".join(_to_lines(deal(samples, shard_id, total), plan.usual)).encode()
+        seen.update(lines)
+        stream.write(lines)
+    places.append(stream.tell())
+    stream.seek(first)
+    stream.write((_PLACE * (total + 1) % tuple(places)).encode())
+    plan = plan._replace(digest=seen.hexdigest())
+    stream.seek(0)
+    stream.write(_header(plan))
+    return plan
+
+
+def load_plan(stream: BinaryIO, name: str) -> Plan:
+    """Return the plan that a stream begins with; errors name it.
+
+    Raises:
+        PackError: it is damaged.
+    """
+    with _reading(name):
+        return _from_header(stream.readline())
+
+
+def load_shard(stream: BinaryIO, shard_id: int, name: str) -> list[Sample]:
+    """Return the samples of one shard of the plan in a stream, which can seek.
+
+    Raises:
+        PackError: it is damaged.
+    """
+    with _reading(name):
+        plan = _from_header(stream.readline())
+        size = len(_PLACE % 0)
+        stream.seek(shard_id * size, os.SEEK_CUR)
+        begin, end = int(stream.read(size)), int(stream.read(size))
+        stream.seek(begin)
+        lines = stream.read(end - begin).decode().split("\n")[:-1]
+        return [_from_line(line, plan) for line in lines]
+
+
 def write_plan(folder: str, plan: Plan, samples: Sequence[Sample]) -> Plan:
-    """Write the plan of a run, and return it with its digest.
+    """Write the plan of a run into its folder, and return it with its digest.
 
     A whole plan is there at any time, the old one or the new one.
     """
-    path, total = os.path.join(folder, PLAN), plan.total_shards
-    plan = plan._replace(usual=samples[0].extensions)
-    seen = hashlib.blake2b(repr(plan.usual).encode(), digest_size=len(_NO_DIGEST) // 2)
+    path = os.path.join(folder, PLAN)
     with naming(path), open(f"{path}-new", "wb") as stream:
-        stream.write(_header(plan))
-        first, places = stream.tell(), []
-        stream.write((_PLACE * (total + 1) % ((0,) * (total + 1))).encode())
-        for shard_id in range(total):
-            places.append(stream.tell())
-            lines = "".join(_to_lines(deal(samples, shard_id, total), plan.usual)).encode()
-            seen.update(lines)
-            stream.write(lines)
-        places.append(stream.tell())
-        stream.seek(first)
-        stream.write((_PLACE * (total + 1) % tuple(places)).encode())
-        plan = plan._replace(digest=seen.hexdigest())
-        stream.seek(0)
-        stream.write(_header(plan))
+        plan = dump_plan(stream, plan, samples)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(f"{path}-new", path)
@@ -73,8 +107,8 @@ def read_plan(folder: str) -> Plan:
     Raises:
         PackError: there is none, or it is damaged.
     """
-    with _opening(folder) as path, open(path, "rb") as stream:
-        return _from_header(stream.readline())
+    with _opening(folder) as (path, stream):
+        return load_plan(stream, path)
 
 
 def read_shard(folder: str, shard_id: int) -> list[Sample]:
@@ -83,26 +117,48 @@ def read_shard(folder: str, shard_id: int) -> list[Sample]:
     Raises:
         PackError: there is no plan, or it is damaged.
     """
-    with _opening(folder) as path, open(path, "rb") as stream:
-        plan = _from_header(stream.readline())
-        size = len(_PLACE % 0)
-        stream.seek(shard_id * size, os.SEEK_CUR)
-        begin, end = int(stream.read(size)), int(stream.read(size))
-        stream.seek(begin)
-        lines = stream.read(end - begin).decode().split("\n")[:-1]
-    with _opening(folder):
-        return [_from_line(line, plan) for line in lines]
+    with _opening(folder) as (path, stream):
+        return load_shard(stream, shard_id, path)
+
+
+def not_packed(plan: Plan, missing: Sequence[int]) -> PackError:
+    """Return the error that says which shards a run still lacks."""
+    first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+    cure = "run again with --resume to pack just these"
+    if plan.driver is None:
+        cure = "pack them with create_webdataset.py --run DIR --shard-id I, then publish"
+    shards = count(len(missing), "shard")
+    return PackError(f"not packed: {shards} ({first}); nothing was published; {cure}")
+
+
+def same_samples(before: Plan, plan: Plan) -> bool:
+    """Tell whether an earlier plan has the same shards; if not, say what differs."""
+    names = {"source": "--source", "fields": "--fields", "total_shards": "number of shards"}
+    differs = [names[name] for name in names if getattr(before, name) != getattr(plan, name)]
+    if not {"--fields", "number of shards"} & set(differs) and before.digest != plan.digest:
+        differs.append("samples, or flags that choose or order them")
+    if differs:
+        warn(f"not resumed but packed afresh: other {', '.join(differs)}")
+    return not differs
 
 
 @contextlib.contextmanager
-def _opening(folder: str) -> Iterator[str]:
+def _opening(folder: str) -> Iterator[tuple[str, BinaryIO]]:
     path = os.path.join(folder, PLAN)
     try:
-        yield path
+        with open(path, "rb") as stream:
+            yield path, stream
     except FileNotFoundError:
         raise PackError(f"{path!r} is gone: the run was published, resumed or removed") from None
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, TypeError, KeyError):
-        raise PackError(f"{path!r} cannot be read; remove its folder to give up that run") from None
+        message = f"{name!r} cannot be read; to give up that run, remove it, or its folder"
+        raise PackError(message) from None
 
 
 def _header(plan: Plan) -> bytes:

@@ -15,7 +15,7 @@ from conftest import ROOT, hashes, run_script, write_pairs
 import create_webdataset as core
 import create_with_ray
 import read_webdataset as reader
-from sharding import folder
+from sharding import folder, folder_run
 from sharding.errors import PackError
 from sharding.plan import PLAN
 
@@ -164,12 +164,12 @@ def test_script_without_its_interpreter(tmp_path: Path) -> None:
 
 def test_lock_outlives_a_killed_driver_only_with_its_workers(tmp_path: Path) -> None:
     """The lock belongs to whoever holds the descriptor, and to nobody after that."""
-    lock = folder.lock_output(str(tmp_path))
+    lock = folder_run.lock_output(str(tmp_path))
     failures: list[BaseException] = []
 
     def second() -> None:
         try:
-            folder.lock_output(str(tmp_path))
+            folder_run.lock_output(str(tmp_path))
         except PackError as error:
             failures.append(error)
 
@@ -178,5 +178,5 @@ def test_lock_outlives_a_killed_driver_only_with_its_workers(tmp_path: Path) -> 
     thread.join()
     assert len(failures) == 1
     os.close(lock)
-    os.close(folder.lock_output(str(tmp_path)))
+    os.close(folder_run.lock_output(str(tmp_path)))
     shutil.rmtree(tmp_path)

@@ -20,7 +20,8 @@ import pytest
 from conftest import ROOT, hashes, run_script, write_pairs
 
 import create_with_ray
-from sharding.folder import staged_shards, staging_folders
+from sharding.folder import staging_folders
+from sharding.folder_run import staged_shards
 from sharding.run import finish, load
 from sharding.shards import shard_name
 
@@ -347,7 +348,7 @@ def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
     run = Path(start_array(source, output, "--num-shards=3"))
     (run / "plan").write_text('{"seed": null}\n')
     done = run_script("run_parallel.sh", "--source", source, "--output", output)
-    assert done.returncode == 1 and "plan' cannot be read; remove its folder" in done.stderr
+    assert done.returncode == 1 and "plan' cannot be read; to give up that run" in done.stderr
     assert len(staged_shards(str(run))) == 3
 
 

@@ -24,7 +24,7 @@ from conftest import ROOT, hashes, members, run_script, without_privileges, writ
 
 import create_webdataset as core
 import read_webdataset
-from sharding import folder
+from sharding import folder, folder_run
 from sharding.errors import PackError, explain
 from sharding.listing import list_samples
 from sharding.plan import PLAN, Plan
@@ -74,7 +74,7 @@ def wait_for_lock(output: Path) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
-            os.close(folder.lock_output(str(output)))
+            os.close(folder_run.lock_output(str(output)))
             return
         except PackError:
             time.sleep(0.05)
@@ -271,7 +271,7 @@ def test_second_run_stops_at_once(old_and_new: tuple[Path, Path, Path], tmp_path
     assert second.stderr.count("\n") == 1
     first.communicate(timeout=60)
     assert first.returncode == 0 and hashes(tmp_path / "o") == hashes(new)
-    lock = folder.lock_output(str(tmp_path / "o"))
+    lock = folder_run.lock_output(str(tmp_path / "o"))
     second = run_script("create_with_ray.py", *run)
     assert second.returncode == 1 and "another run is packing" in second.stderr
     os.close(lock)
@@ -477,10 +477,10 @@ def test_planted_links_and_folders(tmp_path: Path) -> None:
     assert run_script("run_parallel.sh", *flags(source, output, "--num-shards=4")).returncode == 0
     assert hashes(precious).keys() == {"file"} and (precious / "file").read_text() == "precious"
     assert not (output / "shard-000001.tar").is_symlink()
-    (output / folder.LOCK).symlink_to(precious / "file")
+    (output / folder_run.LOCK).symlink_to(precious / "file")
     done = run_script("run_parallel.sh", *flags(source, output))
-    assert done.returncode == 1 and folder.LOCK in done.stderr
-    (output / folder.LOCK).unlink()
+    assert done.returncode == 1 and folder_run.LOCK in done.stderr
+    (output / folder_run.LOCK).unlink()
     (output / "shard-000123.tar").mkdir()
     done = run_script("run_parallel.sh", *flags(source, output))
     assert done.returncode == 2 and "shard-000123.tar" in done.stderr

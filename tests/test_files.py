@@ -20,7 +20,7 @@ from conftest import ROOT, members, write_pairs
 from create_webdataset import create_webdataset
 from sharding import files
 from sharding.errors import PackError
-from sharding.folder import remove_leftovers
+from sharding.folder_run import remove_leftovers
 from sharding.listing import list_samples
 from sharding.pack import write_shard
 

@@ -18,6 +18,7 @@ HEAVY = {"PIL", "obstore", "ray", "tqdm", "webdataset"}
 # Where a heavy module may be imported, and whether at the top.
 ALLOWED = {
     ("bucket", "obstore", True),
+    ("bucket_run", "obstore", True),
     ("images", "PIL", True),
     ("store", "obstore", True),
     ("objects", "obstore", True),

@@ -48,7 +48,7 @@ def test_the_digest_tells_samples_apart(tmp_path: Path) -> None:
 def test_damage_is_named(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / PLAN).write_text(content)
-    message = "plan' is gone" if content is None else "plan' cannot be read; remove its folder"
+    message = "plan' is gone" if content is None else "plan' cannot be read; to give up that run"
     with pytest.raises(PackError, match=message):
         read_plan(str(tmp_path))
     with pytest.raises(PackError, match=message):

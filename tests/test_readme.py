@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, hashes, run_script
+from conftest import ROOT, Bucket, hashes, run_script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ["create_webdataset.py", "run_parallel.sh", "create_with_ray.py", "read_webdataset.py"]
@@ -87,7 +87,7 @@ def test_commands(project: Path) -> None:
     assert len(commands) == 5
     for command in commands:
         run(command, project)
-    proofs = re.findall(r"^\$ (python read.* --source .*)\n(.*)$", README, re.MULTILINE)
+    proofs = re.findall(r"^\$ (python read.* --source [^:\n]*)\n(.*)$", README, re.M)
     assert proofs
     for command, pasted in proofs:
         assert run(command, project).splitlines()[-1] == pasted
@@ -108,6 +108,20 @@ def test_worked_example(tmp_path: Path) -> None:
         path = tmp_path / "o" / f"shard-00000{shard}.tar"
         names = subprocess.check_output(["tar", "tf", path], text=True).split()
         assert [name[7:-4] for name in names[::2]] == samples.split(", ")
+
+
+def test_buckets(project: Path, bucket: Bucket) -> None:
+    """The session, but for its keys, with another bucket."""
+    (block,) = re.findall(r"^```console\n(\$ export AWS_ACCESS.*?)^```", README, re.DOTALL | re.M)
+    run("./make_dummy_data.sh 10 ten", project)
+    bucket.upload(project / "ten", "raw/")
+    _, *steps = re.split(r"^\$ ", block, flags=re.M)
+    assert len(steps) == 3
+    for step in steps[1:]:
+        command, _, expected = step.replace("s3://photos", bucket.url).partition("\n")
+        printed = [plain(text, project) for text in (run(command, project), expected)]
+        printed = [[re.sub(r"in N s.*|in [\d.]+ s.*", "in N s", x) for x in t] for t in printed]
+        assert sorted(printed[0]) == sorted(printed[1])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

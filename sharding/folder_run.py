@@ -1,0 +1,402 @@
+"""A run that packs into a folder: lock it, stage the shards in a hidden folder, publish them.
+
+See `places.Output`. A run has a staging folder of its own inside the output, so that a late writer
+of a killed run finds its folder gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import re
+import secrets
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sharding import plan as plans
+from sharding.errors import InputError, PackError, argument, count, naming, warn
+from sharding.folder import (
+    GONE,
+    INTERRUPTED,
+    MARKER,
+    STAGING,
+    cut_short,
+    is_publishing,
+    is_staging,
+    staging_folders,
+)
+from sharding.plan import PLAN, Plan, not_packed, same_samples, write_plan
+from sharding.samples import Sample
+from sharding.shards import (
+    MAX_SHARDS,
+    PARTIAL_PATTERN,
+    SHARD_PATTERN,
+    STAGED_PATTERN,
+    STRAY_PATTERN,
+    NewShard,
+    shard_name,
+)
+
+if TYPE_CHECKING:
+    from sharding.listing import Listing
+
+LOCK = ".webdataset.lock"
+LOCK_WAIT = 0.5  # seconds; the holder of a run that has just ended takes a moment to go
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of flock: some Lustre and FUSE
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # of fsync on a folder: CIFS and the like
+
+
+# ---------------------------------------------------------------- before a run
+
+
+def check_output(output: str, listing: Listing) -> None:
+    """Refuse an output where writing shards would fail or overwrite something."""
+    name = f"{argument('output')} {output!r}"
+    replaces = "tar" in listing.fields.known() and os.path.isdir(listing.source)
+    inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(listing.source))
+    if replaces and inside:
+        raise InputError(f"{name} is inside {argument('source')}, whose tars it could replace")
+    if replaces:  # a link may lead from the source to the output
+        here = os.path.realpath(output)
+        for file in (file for sample in listing.samples for file in sample.files()):
+            folder, base = os.path.split(os.path.realpath(os.path.join(listing.source, file)))
+            if folder == here and SHARD_PATTERN.fullmatch(base):
+                raise InputError(f"{name} holds {file!r} of {argument('source')}; choose another")
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise InputError(f"{name} is no folder")
+    strays = []
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(output):
+            if SHARD_PATTERN.fullmatch(entry.name):
+                if entry.is_dir(follow_symlinks=False):
+                    raise InputError(
+                        f"{entry.path!r} is a folder with a shard's name; move it away"
+                    )
+            elif STRAY_PATTERN.fullmatch(entry.name):
+                strays.append(entry.name)
+    if strays:
+        found = f"{count(len(strays), 'file')} ({min(strays)!r})"
+        warn(f"{name} has {found} not named like its shards, which readers may take for some")
+
+
+def prepare(output: str, shard_ids: Container[int]) -> None:
+    """Make the folder for single shards, and clear what killed attempts at them left."""
+    os.makedirs(output, exist_ok=True)
+    if cut_short(output):
+        raise PackError(INTERRUPTED)
+    remove_leftovers(output, shard_ids)
+
+
+def begin(
+    output: str, plan: Plan, samples: Sequence[Sample], resume: bool
+) -> tuple[str, Plan, int]:
+    """Lock the output, finish, resume or clear what other runs left, and stage the new run."""
+    os.makedirs(output, exist_ok=True)
+    lock = lock_output(output)
+    remove_leftovers(output)
+    finish_publishing(output)
+    folder = _new_staging(output)
+    os.mkdir(folder)
+    try:
+        plan = write_plan(folder, plan, samples)
+        _take_over(folder, plan, resume)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder, plan, lock
+
+
+def lock_output(output: str) -> int:
+    """Take the lock of an output; it is released when the last holder of the descriptor ends.
+
+    Raises:
+        PackError: another run holds it.
+    """
+    path, deadline = os.path.join(output, LOCK), time.monotonic() + LOCK_WAIT
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass  # the run that held it has just ended and removed the file
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                warn(f"{output!r}: no locks on this file system: two runs would not see each other")
+                return fd
+            if not isinstance(error, BlockingIOError):
+                raise
+            if time.monotonic() > deadline:
+                os.close(fd)
+                message = f"another run is packing into {output!r}; wait, or stop it"
+                raise PackError(message) from None
+            time.sleep(LOCK_WAIT / 10)
+        os.close(fd)
+
+
+def _take_over(folder: str, plan: Plan, resume: bool) -> None:
+    """Take over what an interrupted run had finished, if `resume` says so; clear the rest.
+
+    Raises:
+        PackError: an array job is there, which may still be at work.
+    """
+    others = (other for other in staging_folders(os.path.dirname(folder)) if other != folder)
+    staged = {other: len(staged_shards(other)) for other in others}
+    left = sorted(staged, key=lambda other: -staged[other])
+    if resume and not left:
+        warn("nothing to resume; packing all shards")
+    taken = None
+    for old in left:
+        try:
+            before = plans.read_plan(old)
+        except PackError:
+            if staged[old]:
+                raise
+            continue  # it ended before it packed anything
+        if resume and not taken and same_samples(before, plan):
+            taken = old
+        elif before.driver is None:
+            begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(before.started))
+            raise PackError(
+                f"{old!r} holds an array job that {before.host} started at {begun}; publish it, "
+                "go on with --resume and the same flags, or remove that folder"
+            )
+    if taken:
+        remove_leftovers(taken)
+        os.replace(os.path.join(folder, PLAN), os.path.join(taken, PLAN))
+        os.rmdir(folder)
+        os.rename(taken, folder)  # a late writer of the old run finds its folder gone
+    for old in left:
+        if old != taken:
+            _remove_staging(old)
+
+
+# ---------------------------------------------------------------- packing
+
+
+def read_plan(folder: str) -> Plan:
+    """Return the plan of a run.
+
+    Raises:
+        PackError: there is none.
+    """
+    if not is_staging(folder) or not os.path.exists(os.path.join(folder, PLAN)):
+        raise PackError(
+            f"no run in {folder!r}: it was published, resumed in a new folder, or removed; "
+            f"{argument('run')} takes what `python sharding start` printed"
+        )
+    return plans.read_plan(folder)
+
+
+def read_shard(folder: str, shard_id: int) -> list[Sample]:
+    """Return the samples of one shard of a run."""
+    return plans.read_shard(folder, shard_id)
+
+
+@contextlib.contextmanager
+def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
+    """Write a shard into a folder; it gets its name only when it is whole and on the disk.
+
+    With a stamp, the name ends in that instead of ".tar": so it says what the shard was made of,
+    and no reader takes it for one.
+    """
+    final = shard_name(shard_id)
+    # No reader globs this name, and no two attempts at the same shard share it.
+    partial = os.path.join(folder, f".{final[:-4]}-{secrets.token_hex(4)}")
+    try:
+        with naming(partial), open(partial, "xb", buffering=0) as stream:
+            with contextlib.suppress(OSError):  # tells others that it is no leftover
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            new = NewShard(stream)
+            yield new
+            os.fsync(stream.fileno())
+            new.size = os.fstat(stream.fileno()).st_size
+        new.path = os.path.join(folder, f"{final[:-4]}.{new.stamp}" if new.stamp else final)
+        os.rename(partial, new.path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+@functools.lru_cache(maxsize=1)
+def left_shards(folder: str) -> dict[int, list[str]]:
+    """Return what an interrupted run had finished; read once in a process.
+
+    For what is packed meanwhile is no such thing.
+    """
+    return staged_shards(folder)
+
+
+def find_kept(folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
+    """Return path and size of a shard that is finished, and was made of what the stamp tells."""
+    kept = None
+    for path in left_shards(folder).get(shard_id, []):
+        with contextlib.suppress(FileNotFoundError):
+            if path.endswith(stamp) and not kept:
+                kept = path, os.stat(path).st_size
+            else:  # an older version, or one of another attempt
+                os.unlink(path)
+    return kept
+
+
+def staged_shards(staging: str) -> dict[int, list[str]]:
+    """Return the shards that a run has finished: number -> paths of its versions, mostly one."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for name in os.listdir(staging):
+        if match := STAGED_PATTERN.fullmatch(name):
+            found[int(match[1])].append(os.path.join(staging, name))
+    return dict(found)
+
+
+def kept_shards(staging: str) -> list[int]:
+    """Return which shards are older than the plan of their run: of one that was interrupted."""
+    began = os.stat(os.path.join(staging, "plan")).st_mtime_ns
+    staged = staged_shards(staging).items()
+    return [shard_id for shard_id, paths in staged if os.stat(paths[0]).st_mtime_ns < began]
+
+
+def sees(folder: str) -> bool:
+    """Tell whether shards of a run can be written from here."""
+    return os.access(folder, os.W_OK)
+
+
+# ---------------------------------------------------------------- publishing
+
+
+def publish(folder: str, plan: Plan) -> list[int]:
+    """Put the shards of a run in the place of the previous dataset, and return their sizes."""
+    output, staging = os.path.dirname(folder), folder
+    if not is_publishing(folder):
+        _check_complete(folder, plan)  # before tasks that are still at work lose their folder
+        staging = _move_staging(folder)  # from here on, no late task changes anything
+        try:
+            _check_complete(staging, plan)
+            _begin_publishing(staging)
+        except BaseException:
+            os.rename(staging, folder)
+            raise
+    _move_shards(staging, plan.total_shards)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(output, LOCK))
+    names = map(shard_name, range(plan.total_shards))
+    return [os.stat(os.path.join(output, name)).st_size for name in names]
+
+
+def _check_complete(staging: str, plan: Plan) -> None:
+    """Refuse to publish a run unless each of its shards is there once."""
+    staged = staged_shards(staging)
+    if missing := [n for n in range(plan.total_shards) if len(staged.get(n, ())) != 1]:
+        raise not_packed(plan, missing)
+
+
+def finish_publishing(output: str) -> bool:
+    """Finish a run that was cut short while its shards replaced the previous ones, if any."""
+    cut = cut_short(output)
+    for folder in cut:
+        _move_shards(folder, plans.read_plan(folder).total_shards)
+    return bool(cut)
+
+
+def finish_cut(folder: str) -> bool:
+    """Finish a run whose folder is gone, if it was cut short while it was publishing."""
+    output = os.path.dirname(folder)
+    if not is_staging(folder) or os.path.exists(folder) or not os.path.isdir(output):
+        return False
+    lock_output(output)
+    return finish_publishing(output)
+
+
+def _begin_publishing(staging: str) -> None:
+    """Mark a run as one whose shards replace the previous ones."""
+    path = os.path.join(staging, MARKER)
+    try:
+        with open(path, "xb"):
+            sync_folder(staging)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def _move_shards(staging: str, total_shards: int) -> None:
+    """Move shards to their final place; what is moved already, by a run cut short, stays."""
+    output = os.path.dirname(staging)
+    for shard_id, (path,) in sorted(staged_shards(staging).items()):
+        os.rename(path, os.path.join(output, shard_name(shard_id)))
+    for name in os.listdir(output):
+        match = SHARD_PATTERN.fullmatch(name)
+        if match and int(match[1]) >= total_shards:  # of a larger dataset
+            os.unlink(os.path.join(output, name))
+    sync_folder(output)
+    _remove_staging(staging)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Flush the names in a folder to the disk, as fsync does for the content of a file."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def settle(output: str) -> None:
+    """Flush the names of single shards to the disk."""
+    sync_folder(output)
+
+
+# ---------------------------------------------------------------- staging folders
+
+
+def _new_staging(output: str) -> str:
+    """Return the path of a staging folder that no other run has."""
+    return os.path.join(output, STAGING + secrets.token_hex(8))
+
+
+def _move_staging(staging: str) -> str:
+    """Give a staging folder a new name, so that late tasks find their folder gone; return it."""
+    new = _new_staging(os.path.dirname(staging))
+    os.rename(staging, new)
+    return new
+
+
+def _remove_staging(staging: str) -> None:
+    """Remove a staging folder; as soon as it has another name, it is none any more."""
+    gone = os.path.join(os.path.dirname(staging), GONE + secrets.token_hex(8))
+    os.rename(staging, gone)
+    shutil.rmtree(gone)
+
+
+def remove_leftovers(output: str, shard_ids: Container[int] = range(MAX_SHARDS)) -> None:
+    """Remove what killed attempts at these shards left, and staging folders half removed."""
+    for name in os.listdir(output):
+        path = os.path.join(output, name)
+        if match := PARTIAL_PATTERN.fullmatch(name):
+            if int(match[1]) in shard_ids and not _is_being_written(path):
+                os.unlink(path)
+        elif re.fullmatch(re.escape(GONE) + "[0-9a-f]{16}", name) and not os.path.islink(path):
+            shutil.rmtree(path)
+
+
+def _is_being_written(path: str) -> bool:
+    """Tell whether a process has this partial shard locked."""
+    with open(path, "rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no locks on this file system
+            pass
+        return False

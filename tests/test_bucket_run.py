@@ -1,0 +1,356 @@
+"""A bucket as output: the same bytes, never a partial shard, one run at a time, resume, fencing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import obstore
+import pytest
+from conftest import KEYS, ROOT, Bucket, bucket_of, free_ports, hashes, run_script, write_pairs
+
+from create_webdataset import create_webdataset
+from create_webdataset import main as create
+from read_webdataset import main as read
+from sharding import bucket_run
+from sharding import run as runs
+from sharding.bucket import PLAN
+from sharding.errors import PackError
+from sharding.listing import list_samples
+from sharding.places import output_at
+from sharding.shards import SHARD_PATTERN
+
+SOAK = bool(os.environ.get("SOAK"))
+KILLS = 40 if SOAK else 6
+DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
+
+
+def pack(driver: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_script(driver, *flags)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("source") / "raw", 60)
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The shards of a run into a folder."""
+    output = tmp_path_factory.mktemp("expected")
+    for shard_id in range(5):
+        create_webdataset(source, output, shard_id, 5)
+    return hashes(output)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_same_bytes(
+    driver: str, remote: bool, source: Path, expected: dict[str, str], bucket: Bucket
+) -> None:
+    """From a folder and from a bucket; nothing but the shards is left; a second run is refused."""
+    start = bucket.upload(source, "raw/") if remote else source
+    flags = ["--source", start, "--output", f"{bucket.url}/out#1/", "--num-shards", "5"]
+    done = pack(driver, *flags)
+    assert done.returncode == 0, done.stderr
+    assert bucket.hashes("out#1") == expected
+    size = sum(obstore.head(bucket.store, f"{bucket.prefix}/out#1/{n}")["size"] for n in expected)
+    assert f"; {size:,} bytes up" in done.stdout
+    assert ("bytes down" in done.stdout) == remote
+    proof = ["--path", f"{bucket.url}/out#1", "--source", start, "--quiet", "--num-workers", "2"]
+    assert run_script("read_webdataset.py", *proof).returncode == 0
+    again = pack(driver, *flags)
+    assert again.returncode == 2 and "holds a dataset" in again.stderr, again
+    assert bucket.hashes("out#1") == expected
+
+
+def test_one_shard_is_packed_again(source: Path, expected: dict[str, str], bucket: Bucket) -> None:
+    """As the reader proposes it for a damaged one; but not into a run that is not finished."""
+    flags = ["--source", str(source), "--output", f"{bucket.url}/o", "--total-shards", "5"]
+    assert create([*flags, "--shard-id", "0", "--shard-step", "1"]) == 0
+    assert bucket.hashes("o") == expected
+    bucket.put("o/shard-000003.tar", b"damaged")
+    assert create([*flags, "--shard-id", "3"]) == 0
+    assert bucket.hashes("o") == expected
+    bucket.put(f"o/{PLAN}", b"{}")
+    assert create([*flags, "--shard-id", "3"]) == 1
+
+
+def start(source: Path | str, output: str, resume: bool = False, total: int = 5) -> runs.Run:
+    listing = list_samples(source)
+    return runs.start(listing, output=output, total_shards=total, resume=resume)[0]
+
+
+def test_another_run(source: Path, bucket: Bucket, capsys) -> None:
+    """Whose, since when, what to do; a reader is refused, too."""
+    start(source, bucket.url)
+    with pytest.raises(
+        PackError, match=rf"a run of {socket.gethostname()} that began at 2.* ended"
+    ):
+        start(source, bucket.url)
+    done = pack("run_parallel.sh", "--source", source, "--output", bucket.url)
+    assert (
+        done.returncode == 1 and "if it is dead, run the same command with --resume" in done.stderr
+    )
+    assert read(["--path", bucket.url]) == 1
+    assert "a run is not finished" in capsys.readouterr().err
+
+
+def test_resume_keeps_what_is_finished(
+    source: Path, expected: dict[str, str], bucket: Bucket
+) -> None:
+    run = start(source, bucket.url)
+    for shard_id in (1, 3):
+        runs.pack(run, shard_id)
+    with pytest.raises(PackError, match=r"not packed: 3 shards \(0, 2, 4\)"):
+        runs.finish(run)
+    bucket.put("shard-000003.tar", b"was replaced")
+    flags = ["--source", source, "--output", bucket.url, "--num-shards", "5", "--resume"]
+    done = pack("run_parallel.sh", *flags)
+    lines = done.stdout.splitlines()
+    assert "Shard 1 kept with 12 samples." in lines, done
+    assert "Shard 3 created again with 12 samples." in lines
+    assert bucket.hashes() == expected
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_changed_file_is_packed_again(remote: bool, bucket: Bucket, tmp_path: Path) -> None:
+    folder = write_pairs(tmp_path / "raw", 20)
+    place = bucket.upload(folder, "raw/") if remote else folder
+    run = start(place, f"{bucket.url}/o", total=2)
+    for shard_id in range(2):
+        runs.pack(run, shard_id)
+    (folder / "sample-3.txt").write_bytes(b"another text")
+    bucket.upload(folder, "raw/")
+    second = start(place, f"{bucket.url}/o", resume=True, total=2)
+    for shard_id in range(2):
+        runs.pack(second, shard_id)
+    runs.finish(second)
+    create_webdataset(folder, tmp_path / "o", 0, 2)
+    create_webdataset(folder, tmp_path / "o", 1, 2)
+    assert bucket.hashes("o") == hashes(tmp_path / "o")
+
+
+def test_resume_with_other_shards(source: Path, bucket: Bucket, tmp_path: Path, capsys) -> None:
+    """Packed afresh, said so; nothing of the larger number of shards is left."""
+    run = start(source, bucket.url, total=9)
+    for shard_id in range(9):
+        runs.pack(run, shard_id)
+    second = start(source, bucket.url, resume=True, total=2)
+    assert "not resumed but packed afresh: other number of shards" in capsys.readouterr().err
+    for shard_id in range(2):
+        assert runs.pack(second, shard_id).how == "created"
+        create_webdataset(source, tmp_path, shard_id, 2)
+    runs.finish(second)
+    assert bucket.hashes() == hashes(tmp_path)
+
+
+def test_a_run_that_was_taken_over_completes_nothing(source: Path, bucket: Bucket) -> None:
+    """Neither a shard that it begins nor one that it was about to complete, nor the dataset."""
+    run = start(source, bucket.url)
+    second = None
+
+    def late(_: int) -> None:
+        nonlocal second
+        second = second or start(source, bucket.url, resume=True)
+
+    with pytest.raises(PackError, match="is gone: the run was published, or another took it over"):
+        runs.pack(run, 0, progress=late)
+    assert not [name for name in bucket.hashes() if SHARD_PATTERN.fullmatch(name)]
+    for call in (
+        lambda: runs.pack(run, 1),
+        lambda: runs.finish(run),
+        lambda: runs.load(run.folder),
+    ):
+        with pytest.raises(PackError, match="is gone"):
+            call()
+    assert second
+    for shard_id in range(5):
+        runs.pack(second, shard_id)
+    with pytest.raises(PackError, match="is gone"):
+        runs.finish(run)
+    runs.finish(second)
+
+
+def test_cut_while_publishing(
+    source: Path, expected: dict[str, str], bucket: Bucket, monkeypatch
+) -> None:
+    """From the moment that the plan says so, whoever comes next finishes it."""
+    run = start(source, bucket.url)
+    for shard_id in range(5):
+        runs.pack(run, shard_id)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(bucket_run, "finish_cut", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        runs.finish(run)
+    assert read(["--path", bucket.url]) == 1
+    with pytest.raises(PackError, match="is gone"):
+        runs.pack(run, 0)
+    done = run_script("sharding", "publish", "--run", run.folder)
+    assert done.returncode == 0 and "now all shards are in place" in done.stdout
+    assert bucket.hashes() == expected
+    assert not output_at(bucket.url).finish_cut(run.folder)
+
+
+def test_an_array_job(source: Path, expected: dict[str, str], bucket: Bucket) -> None:
+    flags = ["--source", source, "--output", bucket.url, "--num-shards", "5"]
+    run = run_script("sharding", "start", *flags).stdout.strip()
+    for shard_id in ("0", "1"):
+        pack("create_webdataset.py", "--run", run, "--shard-id", shard_id, "--shard-step", "2")
+    done = run_script("sharding", "publish", "--run", run)
+    assert done.returncode == 0, done.stderr
+    assert bucket.hashes() == expected
+    again = run_script("sharding", "publish", "--run", run)
+    assert again.returncode == 1 and "is gone" in again.stderr
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_killed_runs(driver: str, bucket: Bucket, tmp_path: Path) -> None:
+    """At any moment: no partial shard, the plan stays, and --resume gives the same bytes."""
+    raw = write_pairs(tmp_path / "raw", 300, largest=100_000)
+    for shard_id in range(20):
+        create_webdataset(raw, tmp_path / "o", shard_id, 20)
+    expected = hashes(tmp_path / "o")
+    rng, caught = random.Random(0), 0
+    slow = driver == "create_with_ray.py"
+    for number in range((KILLS + 2) // 4 if slow else KILLS):
+        url = f"{bucket.url}/{number}"
+        script = [ROOT / driver] if driver.endswith(".sh") else [sys.executable, ROOT / driver]
+        flags = ["--source", raw, "--output", url, "--num-shards", "20", "--num-workers", "2"]
+        process = subprocess.Popen(
+            list(map(str, [*script, *flags])),
+            env={**os.environ, "PYTHON": sys.executable},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while PLAN not in bucket.hashes(str(number)) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(1, 3.5) if slow else rng.uniform(0, 0.8))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        left = bucket.hashes(str(number))
+        shards = {name: value for name, value in left.items() if SHARD_PATTERN.fullmatch(name)}
+        assert shards.items() <= expected.items()
+        assert PLAN in left or shards in ({}, expected)
+        caught += PLAN in left
+        if shards != expected or PLAN in left:
+            done = pack(driver, *flags, "--resume")
+            assert done.returncode == 0 or "holds a dataset" in done.stderr, done
+        assert bucket.hashes(str(number)) == expected
+    assert caught
+
+
+def test_ctrl_c(bucket: Bucket, tmp_path: Path) -> None:
+    raw = write_pairs(tmp_path / "raw", 2_000, largest=100_000)
+    flags = ["--source", raw, "--output", bucket.url, "--num-shards", "200", "--num-workers", "2"]
+    process = subprocess.Popen(
+        list(map(str, [ROOT / "run_parallel.sh", *flags])),
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout and process.stdout.readline().startswith("Shard ")
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+    assert PLAN in bucket.hashes()
+
+
+@pytest.fixture
+def careless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A store that ignores If-None-Match."""
+    (port,) = free_ports(1)
+    (tmp_path / "data" / "tests").mkdir(parents=True)
+    keys = f"{KEYS['AWS_ACCESS_KEY_ID']},{KEYS['AWS_SECRET_ACCESS_KEY']}"
+    command = f"serve s3 --addr 127.0.0.1:{port} --auth-key {keys} {tmp_path / 'data'}"
+    rclone = str(Path(sys.executable).with_name("rclone"))
+    process = subprocess.Popen([rclone, *command.split()], stderr=subprocess.DEVNULL)
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(100):
+        try:
+            obstore.put(bucket_of({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}), "ready", b"")
+            break
+        except Exception:
+            time.sleep(0.1)
+    yield
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.usefixtures("careless")
+def test_a_store_that_ignores_conditions_is_refused(source: Path, tmp_path: Path) -> None:
+    done = pack("run_parallel.sh", "--source", source, "--output", "s3://tests/o")
+    assert done.returncode == 2 and "ignores conditional writes" in done.stderr, done
+    assert not list((tmp_path / "data" / "tests").glob("o/**/*"))
+
+
+def test_a_reused_buffer_is_copied(bucket: Bucket) -> None:
+    """obstore copies nothing: what it is given must not change before it is sent."""
+    with output_at(bucket.url).new_shard(bucket.url, 0) as new:
+        buffer = bytearray(1 << 20)
+        for number in range(20):
+            buffer[:] = bytes([number]) * len(buffer)
+            new.stream.write(memoryview(buffer))
+    data = bytes(obstore.get(bucket.store, f"{bucket.prefix}/shard-000000.tar").bytes())
+    assert data == b"".join(bytes([number]) * (1 << 20) for number in range(20))
+
+
+@pytest.mark.parametrize("size", [10, 30 << 20])
+def test_an_upload_that_fails_leaves_nothing(size: int, bucket: Bucket) -> None:
+    with (
+        pytest.raises(RuntimeError, match="failed"),
+        output_at(bucket.url).new_shard(bucket.url, 0) as new,
+    ):
+        new.stream.write(bytes(size))
+        raise RuntimeError("failed")
+    assert not bucket.hashes()
+
+
+def test_tars_inside_the_source(bucket: Bucket, tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.tar").write_bytes(b"a")
+    url = bucket.upload(tmp_path, "raw/")
+    flags = ["--source", url, "--output", url, "--fields", "tar"]
+    assert create([*flags, "--shard-id=0", "--total-shards=1"]) == 2
+    assert "is inside --source" in capsys.readouterr().err
+
+
+def test_the_plan_tells_no_secret(source: Path, bucket: Bucket) -> None:
+    start(source, bucket.url)
+    data = bytes(obstore.get(bucket.store, f"{bucket.prefix}/{PLAN}").bytes())
+    assert KEYS["AWS_SECRET_ACCESS_KEY"].encode() not in data
+    assert json.loads(data.split(b"\n")[0])["total_shards"] == 5
+
+
+def test_memory(bucket: Bucket, tmp_path: Path) -> None:
+    """Of a worker, from store to store: 300 KB files, and one of 300 MB (5 GB in `make soak`)."""
+    large = 5_000 if SOAK else 300
+    data = os.urandom(1 << 20)
+    with obstore.open_writer(bucket.store, f"{bucket.prefix}/raw/large.jpg") as writer:
+        for _ in range(large):
+            writer.write(data)
+    bucket.put("raw/large.txt")
+    for number in range(200):
+        bucket.put(f"raw/{number}.jpg", os.urandom(300_000))
+        bucket.put(f"raw/{number}.txt", b"x")
+    code = (
+        "import resource, sys, create_webdataset as c; "
+        "code = c.main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, code)"
+    )
+    flags = ["--source", f"{bucket.url}/raw", "--output", f"{bucket.url}/o"]
+    command = [sys.executable, "-c", code, *flags, "--shard-id=0", "--total-shards=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    peak, code = done.stdout.split()[-2:]
+    assert code == "0" and int(peak) < 200_000, done
+    assert not list(tmp_path.iterdir())
