@@ -27,8 +27,7 @@ from sharding.command import (
     run_options,
 )
 from sharding.errors import InputError, PackError, explain
-from sharding.places import source_at
-from sharding.plan import read_plan, read_shard
+from sharding.places import output_at, source_at
 from sharding.run import STOPPING, Run, finish, load, pack, start
 from sharding.samples import NOT_UTF8
 from sharding.shards import Shard
@@ -160,14 +159,15 @@ def connect(address: str | None, num_workers: int | None) -> int:
     return num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def sees_files(folder: str) -> bool:
-    """Tell whether this node sees a run's folder, may write there, and sees a source file."""
+def what_hinders(folder: str) -> str:
+    """Return why this node cannot read the source, or write what it packs of a run; or nothing."""
+    where = output_at(folder)
     try:
-        plan, (sample, *_) = read_plan(folder), read_shard(folder, 0)
-        with source_at(plan.source).open_file(plan.source, sample.files()[0]):
-            return os.access(folder, os.W_OK)
-    except (OSError, InputError, PackError):
-        return False
+        source, (sample, *_) = where.read_plan(folder).source, where.read_shard(folder, 0)
+        with source_at(source).open_file(source, sample.files()[0]):
+            return "" if where.sees(folder) else f"{folder!r} may not be written"
+    except (OSError, InputError, PackError) as error:
+        return explain(error)
 
 
 def check_nodes(run: Run, signals: Signals) -> None:
@@ -175,25 +175,26 @@ def check_nodes(run: Run, signals: Signals) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    asked, blind = {}, []
+    asked, hindered = {}, {}
     for node in ray.nodes():
         if node["Alive"] and node["Resources"].get("CPU"):
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(sees_files).options(num_cpus=0, scheduling_strategy=here)
+            task = ray.remote(what_hinders).options(num_cpus=0, scheduling_strategy=here)
             asked[task.remote(run.folder)] = node["NodeManagerAddress"]
     while asked:
         for done in signals.wait(asked):
             name = asked.pop(done)
             try:
-                if not ray.get(done):
-                    blind.append(name)
+                if reason := ray.get(done):
+                    hindered[name] = reason
             except ray.exceptions.RayError as error:
                 raise PackError(f"node {name} cannot run tasks: {explain(error)}") from None
-    if blind:
+    if hindered:
         raise PackError(
-            f"nodes {', '.join(sorted(blind))} do not see the files that this machine sees: "
-            "--source and --output must be on storage that all nodes share, under the same path, "
-            "and can write"
+            f"nodes {', '.join(sorted(hindered))} do not see the files that this machine sees "
+            f"({min(hindered.values())}): --source and --output must be on storage that all nodes "
+            "share, under the same path, and can write, or in buckets of which each node has "
+            "credentials"
         )
 
 

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,9 +170,10 @@ class Bucket(NamedTuple):
 
     def upload(self, folder: Path, below: str = "") -> str:
         """Write the files below a folder, and return their URL."""
-        for path in folder.rglob("*"):
-            if path.is_file():
-                self.put(f"{below}{path.relative_to(folder)}", path.read_bytes())
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        keys = [f"{below}{path.relative_to(folder)}" for path in files]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(self.put, keys, (path.read_bytes() for path in files)))
         return f"{self.url}/{below}".rstrip("/")
 
     def hashes(self, below: str = "") -> dict[str, str]:

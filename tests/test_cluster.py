@@ -9,13 +9,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
-from conftest import ROOT, hashes, run_script, write_pairs
+from conftest import KEYS, ROOT, hashes, run_script, write_pairs
 from ray.cluster_utils import Cluster
 
 import create_with_ray
@@ -45,8 +46,15 @@ def expected(source: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Three nodes with one CPU each."""
+def cluster(server: dict[str, str]) -> Iterator[Cluster]:
+    """Three nodes with one CPU each, with a bucket's credentials in their environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.items():
+            patch.setenv(name, value)
+        yield from start_cluster()
+
+
+def start_cluster() -> Iterator[Cluster]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     for _ in range(2):
         cluster.add_node(num_cpus=1)
@@ -56,7 +64,7 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def pack(source: Path, output: Path, cluster: Cluster, *more: str) -> int:
+def pack(source: Path | str, output: Path | str, cluster: Cluster, *more: str) -> int:
     flags = ["--source", str(source), "--output", str(output), "--address", cluster.address]
     return create_with_ray.main([*flags, f"--num-shards={SHARDS}", *more])
 
@@ -133,11 +141,27 @@ def test_which_errors_are_hiccups(number: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_paths_that_nodes_do_not_share(source, cluster, tmp_path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(create_with_ray, "sees_files", lambda _: False)
+    monkeypatch.setattr(create_with_ray, "what_hinders", lambda _: "gone")
     assert pack(source, tmp_path / "o", cluster) == 1
     err = capfd.readouterr().err
     assert "must be on storage that all nodes share" in err and err.count("\n") == 1
     assert not list((tmp_path / "o").glob("*.tar"))
+
+
+def test_from_bucket_to_bucket(cluster, bucket, tmp_path, capfd) -> None:
+    """Each node uses the credentials of its environment; none is in Ray's logs."""
+    source = write_pairs(tmp_path / "raw", 500)
+    flags = ["--source", source, "--output", tmp_path / "o", f"--num-shards={SHARDS}"]
+    assert run_script("run_parallel.sh", *flags).returncode == 0
+    expected, url = hashes(tmp_path / "o"), bucket.upload(source, "raw/")
+    assert pack(url, f"{bucket.url}/o", cluster) == 0, capfd.readouterr().err
+    assert bucket.hashes("o") == expected
+    assert "bytes up; " in capfd.readouterr().out
+    logs = Path(tempfile.gettempdir(), "ray", "session_latest", "logs").resolve()
+    assert list(logs.iterdir())
+    for path in logs.rglob("*"):
+        secret = KEYS["AWS_SECRET_ACCESS_KEY"].encode()
+        assert not path.is_file() or secret not in path.read_bytes(), path
 
 
 def test_modules_of_a_submitted_job(source, expected, cluster, tmp_path) -> None:
