@@ -20,7 +20,7 @@ test: .venv/ready-dev ## run the test suite
 
 soak: .venv/ready-dev ## the long counts: kills, Ctrl-C, faults, generated names
 	SOAK=1 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_interrupts.py tests/test_listing.py \
-	    tests/test_verify.py tests/test_bucket_run.py
+	    tests/test_verify.py tests/test_bucket.py tests/test_bucket_run.py
 
 interop: .venv-interop/ready ## read our shards with other people's readers (Python 3.11 or newer)
 	INTEROP=1 .venv-interop/bin/python -m pytest -rs tests/interop

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -155,6 +156,30 @@ def bucket_of(environment: dict[str, str]) -> S3Store:
         client_options={"allow_http": True},
         retry_config={"max_retries": 0},
     )
+
+
+def slow_proxy(rate: int) -> str:
+    """Return a URL that leads to the server, at so many bytes a second each way."""
+
+    def copy(one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(64 << 10):
+                other.sendall(data)
+                time.sleep(len(data) / rate)
+        with contextlib.suppress(OSError):
+            other.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        while True:
+            client, _ = listener.accept()
+            server = socket.create_connection(("127.0.0.1", port))
+            for pair in ((client, server), (server, client)):
+                threading.Thread(target=copy, args=pair, daemon=True).start()
+
+    port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 class Bucket(NamedTuple):

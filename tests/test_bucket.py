@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import obstore
 import pytest
-from conftest import ROOT, Bucket, run_script, write_pairs
+from conftest import ROOT, Bucket, run_script, slow_proxy, write_pairs
 
 from create_webdataset import create_webdataset
 from read_webdataset import count_samples, open_webdataset
@@ -181,6 +183,50 @@ def test_what_a_user_gets_wrong(what: str, bucket: Bucket, tmp_path: Path) -> No
     assert done.returncode == 2 and cure in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and "secret-of-tests" not in done.stderr
     assert "hidden" not in done.stderr and "Signature" not in done.stderr
+
+
+@pytest.mark.parametrize("driver", ["run_parallel.sh", "create_with_ray.py"])
+@pytest.mark.parametrize("flag", ["--source", "--output"])
+def test_drivers_find_it_out_before_any_work(
+    driver: str, flag: str, bucket: Bucket, tmp_path: Path
+) -> None:
+    source = write_pairs(tmp_path / "source", 4)
+    flags = ["--source", source, "--output", tmp_path / "o", flag, bucket.url]
+    environment = {"AWS_SECRET_ACCESS_KEY": "hidden-one"}
+    done = run_script(driver, *flags, env=environment, timeout=30)
+    assert done.returncode == 2 and "check AWS_SECRET_ACCESS_KEY" in done.stderr, done
+    assert "hidden" not in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "o").exists() and not bucket.hashes()
+
+
+@pytest.mark.parametrize(
+    ("text", "cure"),
+    [
+        ("<Code>AuthorizationHeaderMalformed</Code>", "in another region; set AWS_REGION"),
+        ("status code: 301 Moved Permanently: ", "in another region"),
+        ("<Code>SlowDown</Code>", "the store says SlowDown"),
+        ("status code: 403 Forbidden", "set AWS_ACCESS_KEY_ID"),
+        ("contained empty path segment", "a key with an empty part"),
+    ],
+)
+def test_what_other_stores_say(text: str, cure: str) -> None:
+    """Answers that the server of the tests never gives."""
+    with pytest.raises(PackError, match=cure), store.saying("s3://bucket/x"):
+        raise obstore.exceptions.GenericError(f"Generic S3 error: {text}\nDebug: secret")
+
+
+@pytest.mark.skipif(not os.environ.get("SOAK"), reason="takes a minute: `make soak`")
+def test_a_slow_store(bucket: Bucket, monkeypatch) -> None:
+    """obstore gives a request 30 seconds by default, its body included; a range may take longer."""
+    data = os.urandom(12 << 20)
+    bucket.put("large", data)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(200_000))
+    store._connect.cache_clear()
+    began = time.monotonic()
+    with store.Ranges(f"{bucket.url}/large") as ranges:
+        assert ranges.fetch(0, store.LARGEST_RANGE) == data[: store.LARGEST_RANGE]
+    assert time.monotonic() - began > 35
+    store._connect.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,17 @@ from pathlib import Path
 
 import obstore
 import pytest
-from conftest import KEYS, ROOT, Bucket, bucket_of, free_ports, hashes, run_script, write_pairs
+from conftest import (
+    KEYS,
+    ROOT,
+    Bucket,
+    bucket_of,
+    free_ports,
+    hashes,
+    run_script,
+    slow_proxy,
+    write_pairs,
+)
 
 from create_webdataset import create_webdataset
 from create_webdataset import main as create
@@ -356,3 +366,19 @@ def test_memory(bucket: Bucket, tmp_path: Path) -> None:
     print(f"{int(peak) // 1_000} MB")
     assert code == "0" and int(peak) < 200_000, done
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
+def test_few_parts_wait_for_a_slow_store(bucket: Bucket, monkeypatch) -> None:
+    """obstore's own 12 at a time, of 8 MB, would take 100 MB."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(20_000_000))
+    code = (
+        "import os, re, sys; from sharding.bucket_run import new_shard\n"
+        "with new_shard(sys.argv[1], 0) as new:\n"
+        "    for _ in range(120): new.stream.write(os.urandom(1 << 20))\n"
+        "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
+    )
+    command = [sys.executable, "-c", code, bucket.url]
+    peak = int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    print(f"{peak // 1_000} MB")
+    assert peak < 100_000
