@@ -7,14 +7,17 @@ processes, on any number of machines, can pack the shards of one dataset side by
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
 from sharding import run as runs
+from sharding.batch import in_order
 from sharding.command import (
     Parser,
     ProgressBar,
@@ -26,7 +29,7 @@ from sharding.command import (
 )
 from sharding.errors import InputError, PackError, argument, explain
 from sharding.listing import list_samples
-from sharding.pack import write_shard
+from sharding.pack import begin_shard, write_shard
 from sharding.places import output_at
 from sharding.samples import deal
 from sharding.shards import (
@@ -43,7 +46,8 @@ EXAMPLES = """examples:
   python create_webdataset.py --source raw --output out --shard-id 0 --total-shards 64 \\
       --shard-step 8
 """
-PackShard = Callable[[int, Progress], Shard]
+STORING = 2  # shards that are stored while the next one is packed
+PackShard = Callable[[int, Progress], Callable[[], Shard]]  # returns the last step: begin_shard
 
 
 def create_webdataset(
@@ -134,8 +138,8 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     shards = {shard_id: deal(listing.samples, shard_id, total) for shard_id in shard_ids}
     where.prepare(args.output, shard_ids)
 
-    def pack(shard_id: int, progress: Progress) -> Shard:
-        return write_shard(listing.source, shards[shard_id], args.output, shard_id, progress)
+    def pack(shard_id: int, progress: Progress) -> Callable[[], Shard]:
+        return begin_shard(listing.source, shards[shard_id], args.output, shard_id, progress)
 
     return shard_ids, sum(map(len, shards.values())), pack
 
@@ -155,12 +159,25 @@ def prepare_staged(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     check_shard_numbers(total, run.plan.total_samples, args.shard_id)
     shard_ids = every(args, total)
 
-    def pack(shard_id: int, progress: Progress) -> Shard:
+    def pack(shard_id: int, progress: Progress) -> Callable[[], Shard]:
         runs.check_driver(run, parent)
-        return runs.pack(run, shard_id, progress)
+        return runs.begin_pack(run, shard_id, progress)
 
     places = range(run.plan.total_samples)
     return shard_ids, sum(len(deal(places, shard_id, total)) for shard_id in shard_ids), pack
+
+
+def _raise(error: Exception) -> Shard:
+    raise error
+
+
+def _finish(begun: tuple[int, Callable[[], Shard]]) -> tuple[int, Shard | Exception]:
+    """Do the last step of a shard; return its number, and what came of it."""
+    shard_id, finish = begun
+    try:
+        return shard_id, finish()
+    except (PackError, OSError) as error:
+        return shard_id, error
 
 
 @one_line_errors
@@ -169,16 +186,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     shard_ids, samples, pack = prepare_direct(args) if args.run is None else prepare_staged(args)
     failed = False
-    with ProgressBar(samples, position=args.shard_id if args.run else 0) as bar:
-        for shard_id in shard_ids:
-            try:
-                line, stream = pack(shard_id, bar.update).report(), sys.stdout
-            except runs.DriverGone:
-                raise
-            except (PackError, OSError) as error:
-                line, stream = f"Shard {shard_id} failed: {explain(error)}", sys.stderr
+
+    def begin(shard_id: int) -> tuple[int, Callable[[], Shard]]:
+        try:
+            return shard_id, pack(shard_id, bar.update)
+        except runs.DriverGone:
+            raise
+        except (PackError, OSError) as error:
+            return shard_id, functools.partial(_raise, error)
+
+    bar = ProgressBar(samples, position=args.shard_id if args.run else 0)
+    with bar, ThreadPoolExecutor(STORING) as pool:
+        for shard_id, outcome in in_order(pool, _finish, map(begin, shard_ids), STORING + 1):
+            if isinstance(outcome, Shard):
+                bar.say(outcome.report(), sys.stdout)
+            else:
+                bar.say(f"Shard {shard_id} failed: {explain(outcome)}", sys.stderr)
                 failed = True
-            bar.say(line, stream)
     if not args.run:
         output_at(args.output).settle(args.output)
     return 1 if failed else 0

@@ -104,7 +104,7 @@ class FastTarWriter:
         self.stream = stream
         self.parts: list[bytes] = []  # what is to be written next
         self.pending = 0  # bytes in parts, about
-        self.buffer = memoryview(bytearray(COPY_SIZE))
+        self.buffer = memoryview(b"")  # for large contents
         self.offset = 0  # bytes written
         self.sent = 0  # bytes of them on their way to the disk
 
@@ -164,6 +164,7 @@ class FastTarWriter:
         """Write a member whose content is too large to gather."""
         self.parts.append(make_header(name, content.size))
         self.flush()
+        self.buffer = self.buffer or memoryview(bytearray(COPY_SIZE))
         for piece in content.pieces(self.buffer):
             self._put(piece)
         self.parts.append(_ZEROS[-content.size % BLOCK])

@@ -2,6 +2,10 @@
 
 See `places.Output`. A run has a staging folder of its own inside the output, so that a late writer
 of a killed run finds its folder gone.
+
+A published dataset survives a power cut: each shard is synced before it gets its staged name
+(`new_shard`), the staging folder before a shard of it is moved (`_begin_publishing`), and the
+output when all are moved, before the mark that they are being moved goes (`_move_shards`).
 """
 
 from __future__ import annotations

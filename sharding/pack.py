@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 from sharding.archive import FastTarWriter
@@ -14,28 +14,53 @@ from sharding.samples import Sample
 from sharding.shards import Progress, Shard
 
 
-def write_shard(
+def begin_shard(
     source: str | os.PathLike[str],
     samples: Sequence[Sample],
     folder: str | os.PathLike[str],
     shard_id: int,
     progress: Progress | None = None,
     staged: bool = False,
-) -> Shard:
-    """Write one tar of these samples; it appears only when it is whole and stored.
+) -> Callable[[], Shard]:
+    """Write one tar of these samples, all but the last step, which the returned call does.
+
+    That stores the shard and gives it its name. To wait until a disk or a store has done it takes
+    about as long as to pack a small shard, so another thread can do it meanwhile.
 
     Args:
         folder: where the shard goes; of a run, if it is
         staged: to wait there until all shards are finished, under the stamp of its files.
 
     Raises:
-        PackError, OSError: packing failed; no shard appeared.
+        PackError, OSError: packing failed, now or in the last step; no shard appeared.
     """
-    with output_at(folder).new_shard(os.fspath(folder), shard_id) as new:
+    with contextlib.ExitStack() as stack:
+        new = stack.enter_context(output_at(folder).new_shard(os.fspath(folder), shard_id))
         stamp = write_samples(new.stream, source, samples, progress)
         if staged:
             new.stamp = stamp
-    return Shard(shard_id, len(samples), new.size, new.path)
+        rest = stack.pop_all()
+
+    def finish() -> Shard:
+        rest.close()
+        return Shard(shard_id, len(samples), new.size, new.path)
+
+    return finish
+
+
+def write_shard(
+    source: str | os.PathLike[str],
+    samples: Sequence[Sample],
+    folder: str | os.PathLike[str],
+    shard_id: int,
+    progress: Progress | None = None,
+) -> Shard:
+    """Write one tar of these samples: it appears when it is whole and stored, or not at all.
+
+    Raises:
+        PackError, OSError: packing failed; no shard appeared.
+    """
+    return begin_shard(source, samples, folder, shard_id, progress)()
 
 
 def write_samples(

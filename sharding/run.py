@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sharding.errors import PackError, count
 from sharding.faults import left_out
 from sharding.listing import Listing
-from sharding.pack import write_shard
+from sharding.pack import begin_shard
 from sharding.places import canonical, is_url, output_at, source_at
 from sharding.plan import Plan
 from sharding.shards import Progress, Shard, check_shard_numbers
@@ -100,6 +100,11 @@ def pack(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
     Raises:
         PackError, OSError: packing failed.
     """
+    return begin_pack(run, shard_id, progress)()
+
+
+def begin_pack(run: Run, shard_id: int, progress: Progress | None = None) -> Callable[[], Shard]:
+    """Do all of `pack` but the last step, which the returned call does: see `begin_shard`."""
     where, source = output_at(run.folder), run.plan.source
     samples = where.read_shard(run.folder, shard_id)
     how = "created"
@@ -108,11 +113,11 @@ def pack(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
         if kept := where.find_kept(run.folder, shard_id, stamp):
             if progress:
                 progress(len(samples))
-            path, size = kept
-            return Shard(shard_id, len(samples), size, path, "kept")
+            shard = Shard(shard_id, len(samples), kept[1], kept[0], "kept")
+            return lambda: shard
         how = "created again"
-    shard = write_shard(source, samples, run.folder, shard_id, progress, staged=True)
-    return shard._replace(how=how)
+    finish = begin_shard(source, samples, run.folder, shard_id, progress, staged=True)
+    return lambda: finish()._replace(how=how)
 
 
 class DriverGone(PackError):
