@@ -25,9 +25,10 @@ from sharding.command import (
     list_source,
     number_from,
     one_line_errors,
+    plain_interrupt,
     require,
 )
-from sharding.errors import InputError, PackError, argument, explain
+from sharding.errors import InputError, PackError, StopRun, argument, explain
 from sharding.listing import list_samples
 from sharding.pack import begin_shard, write_shard
 from sharding.places import output_at
@@ -38,6 +39,7 @@ from sharding.shards import (
     Shard,
     check_shard_numbers,
 )
+from sharding.urls import is_url
 
 USAGE = """create_webdataset.py --source DIR --output DIR --shard-id I --total-shards N [options]
        create_webdataset.py --run DIR --shard-id I"""
@@ -176,21 +178,21 @@ def _finish(begun: tuple[int, Callable[[], Shard]]) -> tuple[int, Shard | Except
     shard_id, finish = begun
     try:
         return shard_id, finish()
+    except StopRun:
+        raise
     except (PackError, OSError) as error:
         return shard_id, error
 
 
-@one_line_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; see --help."""
-    args = build_parser().parse_args(argv)
+def pack_all(args: argparse.Namespace) -> int:
+    """Pack all the shards that the flags name; return the exit code."""
     shard_ids, samples, pack = prepare_direct(args) if args.run is None else prepare_staged(args)
     failed = False
 
     def begin(shard_id: int) -> tuple[int, Callable[[], Shard]]:
         try:
             return shard_id, pack(shard_id, bar.update)
-        except runs.DriverGone:
+        except StopRun:
             raise
         except (PackError, OSError) as error:
             return shard_id, functools.partial(_raise, error)
@@ -206,6 +208,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.run:
         output_at(args.output).settle(args.output)
     return 1 if failed else 0
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; see --help."""
+    args = build_parser().parse_args(argv)
+    if any(path and is_url(path) for path in (args.source, args.output, args.run)):
+        with plain_interrupt():  # which a request that waits for its answer would not notice
+            return pack_all(args)
+    return pack_all(args)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from sharding.command import (
     plain_interrupt,
     run_options,
 )
-from sharding.errors import InputError, PackError, explain
+from sharding.errors import InputError, PackError, StopRun, explain
 from sharding.places import output_at, source_at
 from sharding.run import STOPPING, Run, finish, load, pack, start
 from sharding.samples import NOT_UTF8
@@ -163,7 +163,8 @@ def what_hinders(folder: str) -> str:
     """Return why this node cannot read the source, or write what it packs of a run; or nothing."""
     where = output_at(folder)
     try:
-        source, (sample, *_) = where.read_plan(folder).source, where.read_shard(folder, 0)
+        source = where.read_plan(folder).source
+        ((sample, *_),) = where.read_shards(folder, [0])
         with source_at(source).open_file(source, sample.files()[0]):
             return "" if where.sees(folder) else f"{folder!r} may not be written"
     except (OSError, InputError, PackError) as error:
@@ -210,7 +211,9 @@ def pack_on_node(folder: str, shard_id: int) -> Shard:
     except (PackError, OSError) as error:
         import ray
 
-        kind = Hiccup if getattr(error, "errno", None) in HICCUPS else PackError
+        kind: type[Exception] = StopRun if isinstance(error, StopRun) else PackError
+        if getattr(error, "errno", None) in HICCUPS:
+            kind = Hiccup
         raise kind(f"{explain(error)} (on node {ray.util.get_node_ip_address()})") from None
 
 
@@ -272,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes = pack_all(run, signals, 2 * num_workers)
         with ProgressBar(run.plan.total_samples) as bar:
             for shard_id, outcome in outcomes:
+                if isinstance(outcome, StopRun):
+                    raise outcome
                 if isinstance(outcome, Shard):
                     bar.update(outcome.samples)
                     bar.say(outcome.report(), sys.stdout)

@@ -28,10 +28,11 @@ from sharding.command import (
 )
 from sharding.errors import InputError, PackError, count, explain
 from sharding.faults import left_out, open_report
-from sharding.places import dataset_at, refuse_url
+from sharding.places import dataset_at
 from sharding.samples import parse_fields
 from sharding.shards import MAX_SHARDS, shard_number
 from sharding.training import count_samples, open_webdataset
+from sharding.urls import is_url, refuse_url
 from sharding.verify import Checked, Faults, check_dataset
 
 __all__ = ["count_samples", "open_webdataset"]  # to import from here
@@ -158,16 +159,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@one_line_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; see --help."""
-    args = build_parser().parse_args(argv)
+def check(args: argparse.Namespace) -> int:
+    """Do what the flags say; return the exit code."""
     drawn = 16 if args.limit is None else args.limit
     if not args.quiet or args.preview is not None:
         with plain_interrupt():  # before any work: one may be missing, and they take their time
             import webdataset  # noqa: F401
 
             from sharding.images import check_preview
+    refuse_url("report", args.report or "")
     if args.preview is not None:
         refuse_url("preview", args.preview)
         check_preview(args.preview, drawn)
@@ -224,6 +224,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = sum(report.size for report in reports)
     print(f"{samples} in {count(len(reports), 'shard')}, {size:,} bytes: {verdict}")
     return 1 if number else 0
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; see --help."""
+    args = build_parser().parse_args(argv)
+    if is_url(args.path, "path") or is_url(args.source or "", "source"):
+        with plain_interrupt():  # which a request that waits for its answer would not notice
+            return check(args)
+    return check(args)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ done
 exec 9< <("${start[@]}" "$@" || printf %s "$?")
 IFS= read -r -d '' run <&9 || exit "${run:-1}"
 IFS= read -r -d '' workers <&9
+if [[ -z $run ]]; then # nothing is left to do; this says why
+  echo "$workers"
+  exit 0
+fi
 
 pids=()
 stop() { # exit-code

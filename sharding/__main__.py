@@ -25,9 +25,10 @@ from sharding.command import (
     require,
     run_options,
 )
-from sharding.errors import InputError
-from sharding.places import canonical, output_at
+from sharding.errors import AlreadyDone, InputError
+from sharding.places import output_at
 from sharding.run import STOPPING, finish, load, start
+from sharding.urls import canonical
 
 USAGE = "python sharding start [options] | python sharding publish --run DIR"
 EXAMPLES = """examples:
@@ -56,7 +57,13 @@ def start_run(argv: Sequence[str]) -> int:
         sys.argv[0] = "run_parallel.sh"
     args = build_start_parser(for_bash).parse_args(argv)
     options = run_options(args)
-    run, _lock = start(list_source(args), **options, driver=args.hold)
+    try:
+        run, _lock = start(list_source(args), **options, driver=args.hold)
+    except AlreadyDone as done:
+        if not for_bash:
+            raise
+        print(f"\0{done}\0", end="")
+        return 0
     if args.hold is None:
         sys.stdout.buffer.write(os.fsencode(run.folder) + b"\n")
         return 0

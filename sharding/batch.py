@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from itertools import islice
 from typing import Any, NamedTuple
 
 from sharding.archive import Pieces
@@ -39,13 +38,26 @@ def new_stamp() -> Any:
 
 
 def in_order(
-    pool: Executor, work: Callable[[Any], Any], tasks: Iterator[Any], ahead: int
+    pool: Executor,
+    work: Callable[[Any], Any],
+    tasks: Iterable[Any],
+    ahead: int,
+    weigh: Callable[[Any], int] = lambda _: 1,
 ) -> Iterator[Any]:
-    """Yield work(task) for each task, in order, with at most `ahead` begun."""
-    begun: deque[Future[Any]] = deque()
-    while True:
-        for task in islice(tasks, ahead - len(begun)):
-            begun.append(pool.submit(work, task))
-        if not begun:
-            return
-        yield begun.popleft().result()
+    """Yield work(task) for each task, in order, with few begun that were not yielded yet.
+
+    Args:
+        ahead: so many of them, or so much of their weight.
+    """
+    begun: deque[tuple[Future[Any], int]] = deque()
+    weight = 0
+    for task in tasks:
+        heavy = weigh(task)
+        while begun and weight + heavy > ahead:
+            future, light = begun.popleft()
+            weight -= light
+            yield future.result()
+        begun.append((pool.submit(work, task), heavy))
+        weight += heavy
+    while begun:
+        yield begun.popleft()[0].result()

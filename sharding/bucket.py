@@ -15,7 +15,16 @@ import obstore
 
 from sharding.errors import InputError, PackError, argument
 from sharding.shards import SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, shard_number
-from sharding.store import Ranges, apart, check_bucket, connect, saying, split
+from sharding.store import (
+    FIRST_RANGE,
+    LARGEST_RANGE,
+    Ranges,
+    apart,
+    check_bucket,
+    connect,
+    saying,
+    split,
+)
 
 PLAN = ".webdataset-plan"  # stands beside the shards until all are there; see bucket_run.py
 
@@ -80,7 +89,8 @@ def etags(urls: Iterable[str]) -> list[str | None]:
 @contextlib.contextmanager
 def open_shard(path: str, buffering: int = 1 << 20) -> Iterator[tuple[BinaryIO, int]]:
     """Open a shard; give the stream and its size."""
-    raw = Ranges(path)
+    # Who reads much at a time reads all: no need to begin with small ranges.
+    raw = Ranges(path, first=LARGEST_RANGE if buffering >= 64 << 10 else FIRST_RANGE)
     with io.BufferedReader(raw, max(buffering, 4 << 10)) as stream:
         yield stream, raw.size
 

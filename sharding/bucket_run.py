@@ -9,7 +9,7 @@ plan stands beside the shards: it is lock, plan and mark in one, and nobody read
     shard-000007.tar                                 whole or not there: an upload is atomic
 
 Nothing but the shards is left in the end. With --resume a run takes the plan over, which fences the
-older run: before it completes an upload, it looks whether the plan is still its own.
+older run: before and after it completes an upload, it looks whether the plan is still its own.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ import io
 import re
 import secrets
 import time
-from collections.abc import Container, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from sharding.bucket import PLAN, base, objects_at
-from sharding.errors import InputError, PackError, argument, count, warn
-from sharding.plan import Plan, dump_plan, load_plan, load_shard, not_packed, same_samples
+from sharding.errors import AlreadyDone, InputError, PackError, argument, count, warn
+from sharding.plan import Plan, dump_plan, load_plan, load_shards, not_packed, same_samples
 from sharding.samples import Sample
 from sharding.shards import SHARD_PATTERN, STRAY_PATTERN, NewShard, shard_name
 from sharding.store import Ranges, check_bucket, connect, saying, split
+from sharding.urls import is_url
 
 if TYPE_CHECKING:
     from sharding.listing import Listing
 
 PACKED = ".webdataset-packed"
-PUBLISHING = b'{"publishing": true}\n'  # the plan of a run whose shards are all there
+_MARK = re.compile(rb"published by ([0-9a-f]{16}): ([0-9]+)\n")  # in place of a plan; see Mark
 PART_SIZE, PARTS = 8 << 20, 4  # bytes of an upload that are sent at a time, and how many at once
+MAX_PARTS = 10_000  # of an upload
 _RUN = re.compile(r"(.*)/\.webdataset-([0-9a-f]{16})")  # how a run is named
 _RECORD = re.compile(r"([0-9]+)-([0-9a-f]+)-([0-9a-f]{32})-([0-9a-f]{16})")
 
@@ -53,14 +55,23 @@ class Record(NamedTuple):
     run: str  # that packed it
 
 
+class Mark(NamedTuple):
+    """What stands in place of the plan of a run whose shards are all there."""
+
+    run: str
+    total_shards: int
+
+
 # ---------------------------------------------------------------- before a run
 
 
 def check_output(output: str, listing: Listing) -> None:
     """Refuse an output where writing shards would fail or overwrite something."""
+    if "\\" in output:
+        raise InputError(f"{argument('output')} {output!r}: some stores turn a backslash into /")
     check_bucket(output)
-    place, source = base(output), base(str(listing.source))
-    if "tar" in listing.fields.known() and f"{place}/".startswith(f"{source}/"):
+    tars = is_url(listing.source) and "tar" in listing.fields.known()
+    if tars and f"{base(output)}/".startswith(f"{base(listing.source)}/"):
         inside = f"{argument('output')} {output!r} is inside {argument('source')}"
         raise InputError(f"{inside}, whose tars it could replace")
     names = [name for name in objects_at(output) if STRAY_PATTERN.fullmatch(name)]
@@ -86,16 +97,23 @@ def begin(
     run = secrets.token_hex(8)
     stream = io.BytesIO()
     plan = dump_plan(stream, plan._replace(run=run), samples)
-    finish_cut(f"{output}/.webdataset-{run}")
+    finished = finish_cut(f"{output}/.webdataset-{run}")
+    if finished and resume:
+        raise AlreadyDone("publishing was interrupted; now all shards are in place")
     found = objects_at(output)
-    if PLAN in found and (before := _read_header(output)):
+    if PLAN in found:
+        before, etag = _read_plan(output)
+        if not isinstance(before, Plan):
+            raise PackError(f"{output!r}: another run is just being published there")
         if not resume:
             begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(before.started))
             raise PackError(
                 f"{output!r}: a run of {before.host} that began at {begun} has not ended; "
                 "if it is dead, run the same command with --resume"
             )
-        _take_over(output, stream.getvalue(), found[PLAN], same_samples(before, plan))
+        same_samples(before, plan)  # which says so if they are others
+        if not _swap(output, stream.getvalue(), etag, run):
+            raise PackError(f"{output!r}: another run has just taken it over")
     else:
         if any(map(SHARD_PATTERN.fullmatch, found)):
             raise InputError(
@@ -115,8 +133,7 @@ def _claim(output: str, data: bytes, run: str) -> None:
         try:
             obstore.put(store, key, data, mode="create", use_multipart=False)
         except AlreadyExistsError:  # of another run; or ours, if the answer to it was lost
-            before = _read_header(output)
-            if not before or before.run != run:
+            if _owner(output) != run:
                 raise PackError(f"{output!r}: another run has just begun there") from None
         with contextlib.suppress(AlreadyExistsError):
             obstore.put(store, key, b"", mode="create", use_multipart=False)
@@ -130,28 +147,41 @@ def _claim(output: str, data: bytes, run: str) -> None:
         raise PackError(f"{output!r}: another run has just published there")
 
 
-def _take_over(output: str, data: bytes, before: Any, same: bool) -> None:
-    """Put our plan in the place of an older one, unless that has changed meanwhile."""
+def _swap(output: str, data: bytes, etag: str | None, run: str) -> bool:
+    """Put data of a run in the place of the plan, if that is still of this etag."""
     store, key = _place(output, PLAN)
     with saying(output):
         try:
-            mode: Any = {"e_tag": before["e_tag"]}
+            mode: Any = {"e_tag": etag}
             obstore.put(store, key, data, mode=mode, use_multipart=False)
-        except PreconditionError:
-            raise PackError(f"{output!r}: another run has just taken it over") from None
-    if not same:
-        _drop_records(output)
+        except PreconditionError:  # or the answer to a first attempt was lost
+            return _owner(output) == run
+        except FileNotFoundError:
+            return False
+    return True
 
 
-def _read_header(output: str) -> Plan | None:
-    """Return the first line of the plan at a prefix; None if its shards are all there."""
-    with io.BufferedReader(Ranges(f"{output}/{PLAN}"), 64 << 10) as stream:
-        return _load(stream, output)
+def _read_plan(output: str) -> tuple[Plan | Mark | None, str | None]:
+    """Return the first line of what stands at a prefix as its plan, and its etag."""
+    store, key = _place(output, PLAN)
+    with saying(output):
+        try:
+            item = obstore.head(store, key)
+        except FileNotFoundError:
+            return None, None
+    raw = Ranges(f"{output}/{PLAN}", item["size"], item["e_tag"])
+    with io.BufferedReader(raw, 64 << 10) as stream:
+        line = stream.readline()
+    if mark := _MARK.fullmatch(line):
+        return Mark(mark[1].decode(), int(mark[2])), item["e_tag"]
+    plan = load_plan(io.BytesIO(line), f"{output}/{PLAN}", f"all objects of {output!r}")
+    return plan, item["e_tag"]
 
 
-def _load(stream: BinaryIO, output: str) -> Plan | None:
-    line = stream.readline()
-    return None if line == PUBLISHING else load_plan(io.BytesIO(line), f"{output}/{PLAN}")
+def _owner(output: str) -> str:
+    """Return the id of the run whose plan, or mark, stands at a prefix, if any."""
+    found, _ = _read_plan(output)
+    return found.run if found else ""
 
 
 # ---------------------------------------------------------------- packing
@@ -163,52 +193,25 @@ def read_plan(folder: str) -> Plan:
     Raises:
         PackError: the plan there is not its own any more.
     """
-    output, run = _split_run(folder)
-    with _opening(folder) as stream:
-        plan = _load(stream, output)
-    if not plan or plan.run != run:
-        raise PackError(_gone(folder))
-    return plan
-
-
-def read_shard(folder: str, shard_id: int) -> list[Sample]:
-    """Return the samples of one shard of a run."""
     check_own(folder)
-    with _opening(folder) as stream:
-        return load_shard(stream, shard_id, folder)
-
-
-@contextlib.contextmanager
-def _opening(folder: str) -> Iterator[BinaryIO]:
-    """Open the plan that is where that of a run was."""
-    output, _ = _split_run(folder)
-    store, key = _place(output, PLAN)
-    with saying(output):
-        try:
-            item = obstore.head(store, key)
-        except FileNotFoundError:
-            raise PackError(_gone(folder)) from None
-    raw = Ranges(f"{output}/{PLAN}", item["size"], item["e_tag"])
-    with io.BufferedReader(raw, 64 << 10) as stream:
-        yield stream
+    return _own(folder)[0]
 
 
 @functools.lru_cache(maxsize=4)
-def _own_etag(folder: str) -> str | None:
-    """Return the etag of the plan of a run, which is that of no other run's."""
-    output, _ = _split_run(folder)
-    store, key = _place(output, PLAN)
-    with saying(output):
-        etag = obstore.head(store, key)["e_tag"]
-    read_plan(folder)
-    return etag
+def _own(folder: str) -> tuple[Plan, str | None]:
+    """Return the plan of a run, and its etag, which is that of no other run's."""
+    output, run = _split_run(folder)
+    plan, etag = _read_plan(output)
+    if not isinstance(plan, Plan) or plan.run != run:
+        raise PackError(_gone(folder))
+    return plan, etag
 
 
 def check_own(folder: str) -> None:
     """Raise a PackError if the plan is not that of this run any more."""
     output, _ = _split_run(folder)
     store, key = _place(output, PLAN)
-    own = _own_etag(folder)
+    _, own = _own(folder)
     with saying(output):
         try:
             etag = obstore.head(store, key)["e_tag"]
@@ -218,12 +221,22 @@ def check_own(folder: str) -> None:
         raise PackError(_gone(folder))
 
 
+def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
+    """Yield the samples of shards of a run."""
+    check_own(folder)
+    output, _ = _split_run(folder)
+    with io.BufferedReader(Ranges(f"{output}/{PLAN}"), 64 << 10) as stream:
+        yield from load_shards(stream, shard_ids, f"{output}/{PLAN}")
+
+
 class _Upload(io.RawIOBase):
     """A stream to write to, whose bytes are uploaded in parts."""
 
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, url: str, writer: Any) -> None:
         super().__init__()
+        self.url = url
         self.writer = writer
+        self.size = 0
 
     def writable(self) -> bool:
         """Tell that it can be written."""
@@ -231,7 +244,11 @@ class _Upload(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Take a copy of these bytes: obstore makes none, and their owner uses the buffer again."""
-        self.writer.write(bytes(data))
+        self.size += len(data)
+        if self.size > MAX_PARTS * PART_SIZE:
+            raise PackError(f"{self.url!r}: larger than an upload can be; use more shards")
+        with saying(self.url, also=OSError):
+            self.writer.write(bytes(data))
         return len(data)
 
 
@@ -239,21 +256,34 @@ class _Upload(io.RawIOBase):
 def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
     """Upload a shard, which appears when the upload is completed, whole or not at all."""
     of_run = _RUN.fullmatch(folder)
-    output = of_run[1] if of_run else folder
+    output, run = (of_run[1], of_run[2]) if of_run else (folder, secrets.token_hex(8))
+    url = f"{output}/{shard_name(shard_id)}"
     store, key = _place(output, shard_name(shard_id))
-    with saying(f"{output}/{shard_name(shard_id)}"):
-        # An exception leaves the block of the writer, which then gives the upload up.
-        with obstore.open_writer(
-            store, key, buffer_size=PART_SIZE, max_concurrency=PARTS
-        ) as writer:
-            new = NewShard(_Upload(writer))  # type: ignore[arg-type]
-            yield new
-            if of_run:
-                check_own(folder)
-        found = obstore.head(store, key)  # the writer tells no etag
-        new.path, new.size = f"{output}/{shard_name(shard_id)}", found["size"]
+    writer = obstore.open_writer(
+        store, key, buffer_size=PART_SIZE, max_concurrency=PARTS, attributes={"run": run}
+    )
+    upload = _Upload(url, writer)
+    new = NewShard(upload)  # type: ignore[arg-type]
+    try:
+        yield new
         if of_run:
-            name = f"{shard_id}-{_version(found)}-{new.stamp}-{of_run[2]}"
+            with saying(url, also=OSError):
+                writer.flush()  # so that there is little to do after we have looked
+            check_own(folder)
+    except BaseException as error:
+        with contextlib.suppress(Exception):  # what went wrong counts, not how it was given up
+            writer.__exit__(type(error), error, None)
+        raise
+    with saying(url, also=OSError):
+        writer.close()
+        found = obstore.get(store, key, options={"head": True})  # the writer tells no etag
+    if found.attributes.get("run") != run or found.meta["size"] != upload.size:
+        raise PackError(f"{url!r}: another run has replaced it; run again with --resume")
+    new.path, new.size = url, upload.size
+    if of_run:
+        check_own(folder)
+        name = f"{shard_id}-{_version(found.meta)}-{new.stamp}-{run}"
+        with saying(url):
             obstore.put(store, f"{_records_of(folder)}/{name}", b"")
 
 
@@ -295,7 +325,7 @@ def kept_shards(folder: str) -> list[int]:
 def publish(folder: str, plan: Plan) -> list[int]:
     """Make the shards of a run the dataset, and return their sizes; see `places.Output`."""
     check_own(folder)
-    output, _ = _split_run(folder)
+    output, run = _split_run(folder)
     items, records = objects_at(output), _records(folder)
     sizes, missing = [], []
     for shard_id in range(plan.total_shards):
@@ -307,29 +337,31 @@ def publish(folder: str, plan: Plan) -> list[int]:
             missing.append(shard_id)
     if missing:
         raise not_packed(plan, missing)
-    store, key = _place(output, PLAN)
-    with saying(output):
-        extra = [name for name in items if _number(name) >= plan.total_shards]
-        check_own(folder)
-        obstore.delete(store, [_place(output, name)[1] for name in extra])
-        try:  # from here on nobody can take the run over
-            mode: Any = {"e_tag": _own_etag(folder)}
-            obstore.put(store, key, PUBLISHING, mode=mode, use_multipart=False)
-        except PreconditionError:
-            raise PackError(_gone(folder)) from None
+    # From here on nobody can take the run over.
+    if not _swap(
+        output, b"published by %s: %d\n" % (run.encode(), len(sizes)), _own(folder)[1], run
+    ):
+        raise PackError(_gone(folder))
     finish_cut(folder)
     return sizes
 
 
 def finish_cut(folder: str) -> bool:
-    """Finish what is left to do for a run whose shards are all there, if that was cut short."""
+    """Finish what is left to do for a run whose shards are all there, if that was cut short.
+
+    The mark goes last: whoever comes after a kill finds what is left to do.
+    """
     output, _ = _split_run(folder)
-    if PLAN not in objects_at(output) or _read_header(output):
+    mark, _ = _read_plan(output)
+    if not isinstance(mark, Mark):
         return False
-    store, key = _place(output, PLAN)
+    store, prefix = _place(output, PACKED)
     with saying(output):
-        obstore.delete(store, key)
-    _drop_records(output)
+        extra = [n for n in objects_at(output) if _number(n) >= mark.total_shards]  # of more shards
+        records = [item["path"] for item in obstore.list(store, prefix).collect()]
+        if keys := records + [_place(output, name)[1] for name in extra]:
+            obstore.delete(store, keys)
+        obstore.delete(store, _place(output, PLAN)[1])
     return True
 
 
@@ -383,7 +415,10 @@ def _records_of(folder: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _digest(folder: str) -> str:
-    return read_plan(folder).digest[:16]
+    """Return what tells the shards of a run from those of other samples."""
+    plan = read_plan(folder)
+    what = f"{plan.source} {plan.fields} {plan.total_shards} {plan.digest}"
+    return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 
 
 def _records(folder: str) -> dict[int, list[Record]]:
@@ -397,11 +432,3 @@ def _records(folder: str) -> dict[int, list[Record]]:
                 record = Record(item["path"], match[2], match[3], match[4])
                 found.setdefault(int(match[1]), []).append(record)
     return found
-
-
-def _drop_records(output: str) -> None:
-    store, prefix = _place(output, PACKED)
-    with saying(output):
-        keys = [item["path"] for item in obstore.list(store, prefix).collect()]
-        if keys:
-            obstore.delete(store, keys)

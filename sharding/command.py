@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from sharding.errors import InputError, PackError, argument, explain
+from sharding.errors import AlreadyDone, InputError, PackError, argument, explain
 from sharding.faults import Report, open_report
 from sharding.listing import Listing, list_samples
 from sharding.shards import MAX_SHARDS
+from sharding.urls import refuse_url
 
 NUM_WORKERS = 4  # of a driver, by default
 _PROJECT = Path(__file__).resolve().parent.parent
@@ -70,6 +71,7 @@ def list_source(args: argparse.Namespace, report: Report | None = None) -> Listi
     """List the source that the flags of `add_source_arguments` describe."""
     names = ("fields", "optional_fields", "replace_dots", "skip_bad", "shuffle")
     flags = {name: getattr(args, name) for name in names}
+    refuse_url("report", args.report or "")
     own = None if report else open_report(args.report, args.source, args.output)
     with own or contextlib.nullcontext(report) as report:
         return list_samples(args.source, **flags, report=report)
@@ -180,6 +182,9 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
             return code
         except KeyboardInterrupt:
             return 130
+        except AlreadyDone as done:
+            print(done)
+            return 0
         except (InputError, PackError, OSError, ModuleNotFoundError) as error:
             if isinstance(error, BrokenPipeError):
                 drop_output()

@@ -28,6 +28,14 @@ class PackError(_Error, RuntimeError):
     """Work that failed. Exit code 1 on a command line."""
 
 
+class StopRun(PackError):
+    """Work that failed in a way that the rest of it would fail, too."""
+
+
+class AlreadyDone(Exception):
+    """What was wanted is done, and nothing is left to do. Exit code 0 on a command line."""
+
+
 def argument(name: str) -> str:
     """Return how a message of these errors names an argument.
 

@@ -20,7 +20,7 @@ import secrets
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,9 +200,9 @@ def read_plan(folder: str) -> Plan:
     return plans.read_plan(folder)
 
 
-def read_shard(folder: str, shard_id: int) -> list[Sample]:
-    """Return the samples of one shard of a run."""
-    return plans.read_shard(folder, shard_id)
+def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
+    """Yield the samples of shards of a run."""
+    return plans.read_shards(folder, shard_ids)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from typing import NamedTuple
 from sharding import faults
 from sharding.errors import InputError, argument, warn
 from sharding.faults import Kind, Report, Tally, quote
-from sharding.places import canonical, is_url, source_at
+from sharding.places import source_at
 from sharding.samples import Fields, Sample, judge, name_fault, parse_fields
+from sharding.urls import canonical, is_url
 
 MAX_GROWN = 100_000  # entries of a table that only saves time
 
@@ -69,7 +70,7 @@ def list_samples(
     if replace_dots is not None and not re.fullmatch(r"[^\s./\\\0]", replace_dots):
         raise InputError(f"{argument('replace_dots')} takes one character, such as _")
     parsed = parse_fields(fields, optional_fields)
-    as_given = canonical(source) if is_url(source) else os.fspath(source)
+    as_given = canonical(source) if is_url(source, "source") else os.fspath(source)
     scan = Scan(as_given, parsed, replace_dots, skip_bad, report or Report())
     scan.report.open()
     source_at(source).list_files(scan)

@@ -21,14 +21,14 @@ import obstore
 from sharding.batch import CHANGED, STAMP, Batch, in_order, new_stamp
 from sharding.errors import InputError, PackError
 from sharding.samples import Sample
-from sharding.store import Ranges, check_bucket, connect, saying, split
+from sharding.store import Ranges, check_bucket, connect, insist, saying, split
 
 if TYPE_CHECKING:
     from sharding.listing import Scan
 
 WHOLE_SIZE = 512 << 10  # bytes of an object that is read whole; larger ones are fetched in ranges
 READ_THREADS = 32  # of a process; a store takes some 25 ms for an object of any small size
-AHEAD = 64  # samples that are read or wait: of image and text, 64 MB at most
+AHEAD, AHEAD_BYTES = 64, 48 << 20  # samples that are read or wait, and what they may hold
 
 
 def mark(size: int, etag: str | None) -> str:
@@ -100,9 +100,15 @@ def read_batches(
     read = functools.partial(_read_batch, os.fspath(source))
     pool = ThreadPoolExecutor(READ_THREADS)
     try:
-        yield from in_order(pool, read, ([sample] for sample in samples), AHEAD)
+        yield from in_order(pool, read, ([s] for s in samples), AHEAD_BYTES, _weigh)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _weigh(samples: Sequence[Sample]) -> int:
+    """Return the bytes that samples hold once they are read, and no less than for `AHEAD`."""
+    sizes = (int(part.partition(".")[0]) for s in samples for part in s.listed.split(" "))
+    return max(AHEAD_BYTES // AHEAD, sum(size for size in sizes if size <= WHOLE_SIZE))
 
 
 def _read_batch(source: str, samples: Sequence[Sample]) -> Batch:
@@ -122,17 +128,19 @@ def _read_batch(source: str, samples: Sequence[Sample]) -> Batch:
 def _read(url: str, version: str) -> bytes:
     """Return the content of a small object, of the version that was listed."""
     bucket, key = split(url)
-    try:
-        with saying(url):
-            try:
-                found = obstore.get(connect(bucket), key)
-            except FileNotFoundError:
-                raise PackError(f"{url!r} {CHANGED}") from None
-            if mark(found.meta["size"], found.meta["e_tag"]) == version:
-                return bytes(found.bytes())
-    except ValueError:
-        raise PackError(f"{url!r}: a key that cannot be named") from None
-    raise PackError(f"{url!r} {CHANGED}")
+
+    def get() -> bytes | None:
+        try:
+            found = obstore.get(connect(bucket), key)
+        except FileNotFoundError:
+            return None
+        same = mark(found.meta["size"], found.meta["e_tag"]) == version
+        return bytes(found.bytes()) if same else None
+
+    data = insist(url, get)
+    if data is None:
+        raise PackError(f"{url!r} {CHANGED}")
+    return data
 
 
 class LargeObject:

@@ -1,27 +1,23 @@
 """Where things are: picks the module for a folder, or the one for a bucket, by the path alone.
 
-The two offer the same names, so nothing else needs to know which of them it works with. No other
-module looks at "://".
+The two offer the same names, so nothing else needs to know which of them it works with.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Container, Generator, Iterable, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from sharding.errors import InputError, argument
 from sharding.shards import Found, NewShard
+from sharding.urls import is_url
 
 if TYPE_CHECKING:
     from sharding.batch import Batch
     from sharding.listing import Listing, Scan
     from sharding.plan import Plan
     from sharding.samples import Sample
-
-_URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 class Dataset(Protocol):
@@ -86,8 +82,8 @@ class Output(Protocol):
     def read_plan(self, folder: str) -> Plan:
         """Return the plan of a run."""
 
-    def read_shard(self, folder: str, shard_id: int) -> list[Sample]:
-        """Return the samples of one shard of a run."""
+    def read_shards(self, folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
+        """Yield the samples of shards of a run."""
 
     def left_shards(self, folder: str) -> Mapping[int, Sequence[object]]:
         """Return what an interrupted run had finished: by the number of the shard."""
@@ -157,32 +153,9 @@ class Source(Protocol):
         """Open one file, of any size; the context gives the stream and its size in bytes."""
 
 
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a path is a URL of a bucket.
-
-    Raises:
-        InputError: it is another URL; it would become a folder of that name.
-    """
-    scheme = _URL.match(os.fspath(path))
-    if scheme and scheme[1] != "s3":
-        raise InputError(f"{path!r}: such URLs are not supported; give a folder or s3://BUCKET/KEY")
-    return bool(scheme)
-
-
-def canonical(path: str | os.PathLike[str]) -> str:
-    """Return a path that means the same in any process."""
-    return os.fspath(path).rstrip("/") if is_url(path) else os.path.abspath(path)
-
-
-def refuse_url(name: str, path: str | os.PathLike[str]) -> None:
-    """Refuse a URL where a local path is wanted."""
-    if _URL.match(os.fspath(path)):
-        raise InputError(f"{argument(name)} {path!r}: a URL cannot be used here; give a local path")
-
-
 def dataset_at(path: str | os.PathLike[str]) -> Dataset:
     """Return what finds and opens shards there."""
-    if is_url(path):
+    if is_url(path, "path"):
         from sharding import bucket
 
         return bucket
@@ -193,7 +166,7 @@ def dataset_at(path: str | os.PathLike[str]) -> Dataset:
 
 def source_at(path: str | os.PathLike[str]) -> Source:
     """Return what lists and reads a source there."""
-    if is_url(path):
+    if is_url(path, "source"):
         from sharding import objects
 
         return objects
@@ -204,7 +177,7 @@ def source_at(path: str | os.PathLike[str]) -> Source:
 
 def output_at(path: str | os.PathLike[str]) -> Output:
     """Return what writes shards there."""
-    if is_url(path):
+    if is_url(path, "output"):
         from sharding import bucket_run
 
         return bucket_run

@@ -10,11 +10,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from sharding.errors import PackError, count, naming, warn
 from sharding.samples import Sample, deal
+from sharding.urls import is_url
 
 PLAN = "plan"  # the name of the file, in the folder of a run
 _PLACE = "%015d\n"  # where in the file the samples of a shard begin
@@ -61,30 +62,37 @@ def dump_plan(stream: BinaryIO, plan: Plan, samples: Sequence[Sample]) -> Plan:
     return plan
 
 
-def load_plan(stream: BinaryIO, name: str) -> Plan:
-    """Return the plan that a stream begins with; errors name it.
+def load_plan(stream: BinaryIO, name: str, remove: str = "it, or its folder") -> Plan:
+    """Return the plan that a stream begins with.
+
+    Args:
+        name: of the plan, for errors.
+        remove: what to remove to give up its run.
 
     Raises:
         PackError: it is damaged.
     """
-    with _reading(name):
+    with _reading(name, remove):
         return _from_header(stream.readline())
 
 
-def load_shard(stream: BinaryIO, shard_id: int, name: str) -> list[Sample]:
-    """Return the samples of one shard of the plan in a stream, which can seek.
+def load_shards(
+    stream: BinaryIO, shard_ids: Iterable[int], name: str, remove: str = "it, or its folder"
+) -> Iterator[list[Sample]]:
+    """Yield the samples of shards of the plan in a stream, which can seek; see `load_plan`.
 
     Raises:
         PackError: it is damaged.
     """
-    with _reading(name):
+    with _reading(name, remove):
         plan = _from_header(stream.readline())
-        size = len(_PLACE % 0)
-        stream.seek(shard_id * size, os.SEEK_CUR)
-        begin, end = int(stream.read(size)), int(stream.read(size))
-        stream.seek(begin)
-        lines = stream.read(end - begin).decode().split("\n")[:-1]
-        return [_from_line(line, plan) for line in lines]
+        first, size = stream.tell(), len(_PLACE % 0)
+        for shard_id in shard_ids:
+            stream.seek(first + shard_id * size)
+            begin, end = int(stream.read(size)), int(stream.read(size))
+            stream.seek(begin)
+            lines = stream.read(end - begin).decode().split("\n")[:-1]
+            yield [_from_line(line, plan) for line in lines]
 
 
 def write_plan(folder: str, plan: Plan, samples: Sequence[Sample]) -> Plan:
@@ -111,14 +119,14 @@ def read_plan(folder: str) -> Plan:
         return load_plan(stream, path)
 
 
-def read_shard(folder: str, shard_id: int) -> list[Sample]:
-    """Return the samples of one shard of the run in a folder.
+def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
+    """Yield the samples of shards of the run in a folder.
 
     Raises:
         PackError: there is no plan, or it is damaged.
     """
     with _opening(folder) as (path, stream):
-        return load_shard(stream, shard_id, path)
+        yield from load_shards(stream, shard_ids, path)
 
 
 def not_packed(plan: Plan, missing: Sequence[int]) -> PackError:
@@ -153,11 +161,11 @@ def _opening(folder: str) -> Iterator[tuple[str, BinaryIO]]:
 
 
 @contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(name: str, remove: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError):
-        message = f"{name!r} cannot be read; to give up that run, remove it, or its folder"
+        message = f"{name!r} cannot be read; to give up that run, remove {remove}"
         raise PackError(message) from None
 
 
@@ -183,6 +191,6 @@ def _from_line(line: str, plan: Plan) -> Sample:
         key, stem, extensions, listed = json.loads(line)
         return Sample(key, stem, tuple(extensions), listed)
     key, listed = line, ""
-    if plan.source_bytes:  # a bucket, in whose keys there are no tabs
+    if is_url(plan.source):  # a bucket, in whose keys there are no tabs
         key, _, listed = line.rpartition("\t")
     return Sample(key, key, plan.usual, listed)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from sharding.archive import Damaged, read_members
 from sharding.errors import PackError
-from sharding.places import dataset_at, is_url
+from sharding.places import dataset_at
 from sharding.samples import RESERVED_FOLDER, split_name
+from sharding.urls import is_url
 
 READ_SIZE = 1 << 20  # bytes read at a time
 SCAN_SIZE = 4 << 10  # the same where headers alone are read

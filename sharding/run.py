@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sharding.errors import PackError, count
+from sharding.errors import StopRun, count
 from sharding.faults import left_out
 from sharding.listing import Listing
 from sharding.pack import begin_shard
-from sharding.places import canonical, is_url, output_at, source_at
+from sharding.places import output_at, source_at
 from sharding.plan import Plan
 from sharding.shards import Progress, Shard, check_shard_numbers
+from sharding.urls import canonical, is_url
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that ask a run to end
 
@@ -106,7 +107,7 @@ def pack(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
 def begin_pack(run: Run, shard_id: int, progress: Progress | None = None) -> Callable[[], Shard]:
     """Do all of `pack` but the last step, which the returned call does: see `begin_shard`."""
     where, source = output_at(run.folder), run.plan.source
-    samples = where.read_shard(run.folder, shard_id)
+    (samples,) = where.read_shards(run.folder, [shard_id])
     how = "created"
     if shard_id in where.left_shards(run.folder):
         stamp = source_at(source).stamp_of(source, samples)
@@ -120,7 +121,7 @@ def begin_pack(run: Run, shard_id: int, progress: Progress | None = None) -> Cal
     return lambda: finish()._replace(how=how)
 
 
-class DriverGone(PackError):
+class DriverGone(StopRun):
     """The process that started a run has ended, so nobody would publish it."""
 
 
@@ -145,7 +146,8 @@ def finish(run: Run) -> str:
         PackError: shards are missing; the previous dataset is untouched.
     """
     plan, where = run.plan, output_at(run.folder)
-    kept = where.kept_shards(run.folder) if plan.source_bytes or is_url(run.folder) else []
+    remote = is_url(plan.source) or is_url(run.folder)
+    kept = where.kept_shards(run.folder) if remote else []
     moved = _fetched(run, kept)
     # To stop now would leave neither the old dataset nor the new one.
     handlers = [signal.signal(number, signal.SIG_IGN) for number in STOPPING]
@@ -168,8 +170,8 @@ def finish(run: Run) -> str:
 
 def _fetched(run: Run, kept: Sequence[int]) -> str:
     """Return how many bytes this run has fetched from a bucket, for the summary."""
-    if not run.plan.source_bytes:
+    if not is_url(run.plan.source):
         return ""
     where, bucket = output_at(run.folder), source_at(run.plan.source)
-    spared = sum(bucket.listed_bytes(where.read_shard(run.folder, n)) for n in kept)
+    spared = sum(map(bucket.listed_bytes, where.read_shards(run.folder, kept)))
     return f"; {run.plan.source_bytes - spared:,} bytes down"

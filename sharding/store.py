@@ -14,21 +14,25 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from sharding.errors import InputError, PackError
+from sharding.errors import InputError, PackError, StopRun
 from sharding.shards import REPLACED
 
+T = TypeVar("T")
 FIRST_RANGE, LARGEST_RANGE = 256 << 10, 8 << 20  # bytes that a request asks for
 NEAR = 2 << 20  # bytes; to read on that far takes no longer than a new request
-PATIENCE = 20  # seconds for the first request to a bucket
+# Seconds: for a request with its body, for retries, and for both with the first one to a bucket.
+REQUEST_TIME, RETRY_TIME, PATIENCE = 60, 120, 20
 # Where credentials come from, if not from a profile or from the machine's role.
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
 _SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -45,6 +49,7 @@ _CURES = {
     "PermanentRedirect": "the bucket is in another region; set AWS_REGION",
     "AuthorizationHeaderMalformed": "the bucket is in another region; set AWS_REGION",
     "IllegalLocationConstraintException": "the bucket is in another region; set AWS_REGION",
+    "NotImplemented": "the store cannot do that",
 }
 _used_by: int | None = None  # id of the process that was first to use a store
 
@@ -86,7 +91,7 @@ def connect(bucket: str, patient: bool = True) -> S3Store:
 
 @functools.lru_cache(maxsize=16)
 def _connect(bucket: str, patient: bool) -> S3Store:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = _endpoint()
     options: dict[str, Any] = {}
     if endpoint:
         options["endpoint"] = endpoint
@@ -94,18 +99,35 @@ def _connect(bucket: str, patient: bool) -> S3Store:
         options["credential_provider"] = provider
     elif not os.environ.get("AWS_REGION"):
         options["region"] = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
-    # The time limit of a request covers its body, too.
-    client: Any = {"connect_timeout": "5s", "timeout": "300s" if patient else f"{PATIENCE}s"}
-    client["allow_http"] = (endpoint or "").startswith("http:")
+    client: Any = {"connect_timeout": "5s", "timeout": f"{REQUEST_TIME if patient else PATIENCE}s"}
+    client["allow_http"] = endpoint.startswith("http:")
+    retry: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=PATIENCE)}
+    if patient:  # obstore's own ten retries are over in a few seconds
+        backoff = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10)}
+        retry = {"max_retries": 1_000, "retry_timeout": timedelta(seconds=RETRY_TIME)}
+        retry["backoff"] = {**backoff, "base": 2}
     return S3Store(
         bucket,
         client_options=client,
-        retry_config={
-            "max_retries": 10 if patient else 2,
-            "retry_timeout": timedelta(seconds=120 if patient else PATIENCE),
-        },
+        retry_config=retry,
+        conditional_put="etag",
         **options,
     )
+
+
+def _endpoint() -> str:
+    """Return where the store is, if it is not Amazon's.
+
+    Raises:
+        InputError: that is no place; obstore itself would panic.
+    """
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        endpoint = os.environ.get(name, "")
+        if endpoint:
+            if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint):
+                raise InputError(f"{name}: no URL such as http://127.0.0.1:9000 or https://HOST")
+            return endpoint
+    return ""
 
 
 def _profile() -> Any:
@@ -131,36 +153,65 @@ def _profile() -> Any:
 
 
 @contextlib.contextmanager
-def saying(url: str, kind: type[Exception] = PackError) -> Iterator[None]:
+def saying(
+    url: str,
+    kind: type[Exception] = PackError,
+    also: type[Exception] = BaseError,
+) -> Iterator[None]:
     """Turn what goes wrong with a store into an error of one line that names the URL.
 
     obstore's own text goes on with all that it knows of the request; here it never appears.
+
+    Args:
+        kind: of the error; one that ends the whole run if the store does not answer at all.
+        also: another error that is the store's: a writer of obstore's raises OSError.
     """
     try:
         yield
-    except (BaseError, FileNotFoundError, PermissionError) as error:
-        raise kind(f"{url!r}: {_reason(str(error))}") from None
+    except (InputError, PackError):
+        raise
+    except (BaseError, FileNotFoundError, PermissionError, also) as error:
+        reason, silent = _reason(str(error))
+        raise (StopRun if silent and kind is PackError else kind)(f"{url!r}: {reason}") from None
 
 
-def _reason(text: str) -> str:
+def insist(url: str, call: Callable[[], T]) -> T:
+    """Return what a request gives; ask again where obstore does not: when a connection breaks."""
+    began = time.monotonic()
+    while True:
+        try:
+            with saying(url):
+                return call()
+        except StopRun:
+            if time.monotonic() - began > RETRY_TIME:
+                raise
+            time.sleep(1)
+
+
+def _reason(text: str) -> tuple[str, bool]:
+    """Return what a text of obstore's says, and whether it says that the store is not there."""
     code = re.search("<Code>(\\w+)</Code>", text)
     status = re.search(r"status code: (\d+)[\w ]*", text)
     if "169.254.169.254" in text or "CredentialsError" in text:
-        return f"no credentials; {_SET_KEYS}"
-    if "Illegal" in text or "empty path segment" in text:
-        return "it holds a key with an empty part, '.', '..' or a control character; rename it"
+        return f"no credentials; {_SET_KEYS}", False
+    silent = bool(status and status[1][0] == "5")
     if code:
-        return _CURES.get(code[1], f"the store says {code[1]}")
+        return _CURES.get(code[1], f"the store says {code[1]}"), silent
     if status and status[1] == "404":
-        return _CURES["NoSuchKey"]
+        return _CURES["NoSuchKey"], False
     if status and status[1] in ("301", "400"):
-        return f"the store says {status[1]}; is the bucket in another region (AWS_REGION)?"
+        return f"the store says {status[1]}; is the bucket in another region (AWS_REGION)?", False
     if status:
-        return f"the store says {status[1]}" + (f"; {_SET_KEYS}" if status[1] == "403" else "")
-    if "HTTP error" in text:
-        where = os.environ.get("AWS_ENDPOINT_URL", "the store")
-        return f"{where} does not answer; check AWS_ENDPOINT_URL and the network"
-    return re.split(r"[\n:]", text)[0]
+        cure = f"; {_SET_KEYS}" if status[1] == "403" else ""
+        return f"the store says {status[1]}{cure}", silent
+    if "invalid path" in text or "arsing path" in text or "empty path segment" in text:
+        key = re.search('ath "([^"]*)"', text)
+        which = f"the key {key[1]!r}" if key else "a key"
+        return f"{which} has an empty part, '.', '..' or a control character; rename it", False
+    if "HTTP error" in text or "error sending request" in text:
+        where = urlsplit(_endpoint()).netloc.rpartition("@")[2] or "Amazon's store"
+        return f"{where} does not answer; check AWS_ENDPOINT_URL and the network", True
+    return re.split(r"[\n:]", text)[0], False
 
 
 def check_bucket(url: str) -> None:
@@ -184,8 +235,11 @@ def apart(module: str, function: str, *arguments: Any) -> Any:
     done = subprocess.run(
         [sys.executable, "-c", code + "_answer()", here, module, function, json.dumps(arguments)],
         stdout=subprocess.PIPE,
-        check=True,
+        check=False,
+        start_new_session=True,  # Ctrl-C ends it through us
     )
+    if done.returncode:
+        raise PackError(f"listing in a process of its own failed: exit code {done.returncode}")
     answer = json.loads(done.stdout)
     if "error" in answer:
         kind = InputError if answer["error"] == "InputError" else PackError
@@ -212,7 +266,13 @@ class Ranges(io.RawIOBase):
     Ranges grow while they are read one after the other. All are of one version of the object.
     """
 
-    def __init__(self, url: str, size: int | None = None, etag: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        size: int | None = None,
+        etag: str | None = None,
+        first: int = FIRST_RANGE,
+    ) -> None:
         super().__init__()
         self.url = url
         bucket, self.key = split(url)
@@ -225,7 +285,8 @@ class Ranges(io.RawIOBase):
         self.etag = etag
         self.place = 0
         self.chunk, self.begin = memoryview(b""), 0  # what is here, and where it begins
-        self.length = FIRST_RANGE // 4  # of the last request
+        self.first = first  # bytes that are asked for at a place that follows no other
+        self.length = first // 4  # of the last request
         self.next: tuple[int, Future[memoryview]] | None = None  # where it begins
         self.pool: ThreadPoolExecutor | None = None
 
@@ -260,7 +321,7 @@ class Ranges(io.RawIOBase):
         gap = self.place - (self.begin + len(self.chunk))
         ahead, self.next = self.next, None
         begin = self.place
-        self.length = min(4 * self.length, LARGEST_RANGE) if 0 <= gap < NEAR else FIRST_RANGE
+        self.length = min(4 * self.length, LARGEST_RANGE) if 0 <= gap < NEAR else self.first
         if ahead and ahead[0] <= self.place:
             chunk = ahead[1].result()
             if self.place < ahead[0] + len(chunk):
@@ -281,8 +342,8 @@ class Ranges(io.RawIOBase):
         options: Any = {"range": (begin, end)}
         if self.etag:
             options["if_match"] = self.etag
-        with saying(self.url):
-            chunk = memoryview(obstore.get(self.store, self.key, options=options).bytes())
+        get = functools.partial(obstore.get, self.store, self.key, options=options)
+        chunk = memoryview(insist(self.url, lambda: get().bytes()))
         if len(chunk) != end - begin:
             raise PackError(f"{self.url!r}: {REPLACED}")
         return chunk

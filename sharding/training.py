@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from sharding.errors import InputError, PackError
-from sharding.places import dataset_at, is_url
+from sharding.places import dataset_at
 from sharding.reading import count_shard
+from sharding.urls import is_url
 
 if TYPE_CHECKING:
     from sharding.pipeline import TrainingDataset

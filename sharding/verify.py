@@ -27,9 +27,10 @@ from sharding.errors import PackError
 from sharding.faults import SHOWN, Report
 from sharding.listing import Listing
 from sharding.pack import write_samples
-from sharding.places import dataset_at, is_url, source_at
+from sharding.places import dataset_at, source_at
 from sharding.samples import RESERVED_FOLDER, Fields, Sample, deal, judge, split_name
 from sharding.shards import shard_name, shard_number
+from sharding.urls import is_url
 
 MISPLACED = "sample in another shard than this source and its flags say"
 

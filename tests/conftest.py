@@ -126,7 +126,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     where = f"-dir={folder} -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.volumeSizeLimitMB=1024"
     weed = str(Path(sys.executable).with_name("weed"))
     process = subprocess.Popen(
-        [weed, "server", *f"{where} {ports} {FLAGS}".split()],
+        [weed, "-logdir", str(folder), "server", *f"{where} {ports} {FLAGS}".split()],
         env={**os.environ, **KEYS},
         cwd=folder,
         stdout=subprocess.DEVNULL,
@@ -158,8 +158,12 @@ def bucket_of(environment: dict[str, str]) -> S3Store:
     )
 
 
-def slow_proxy(rate: int) -> str:
-    """Return a URL that leads to the server, at so many bytes a second each way."""
+def slow_proxy(rate: int, from_when: float = 0) -> str:
+    """Return a URL that leads to the server, at so many bytes a second each way.
+
+    Args:
+        from_when: in so many seconds; until then, connections are refused.
+    """
 
     def copy(one: socket.socket, other: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -170,6 +174,8 @@ def slow_proxy(rate: int) -> str:
             other.shutdown(socket.SHUT_WR)
 
     def serve() -> None:
+        time.sleep(from_when)
+        listener.listen()
         while True:
             client, _ = listener.accept()
             server = socket.create_connection(("127.0.0.1", port))
@@ -177,7 +183,8 @@ def slow_proxy(rate: int) -> str:
                 threading.Thread(target=copy, args=pair, daemon=True).start()
 
     port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
     threading.Thread(target=serve, daemon=True).start()
     return f"http://127.0.0.1:{listener.getsockname()[1]}"
 

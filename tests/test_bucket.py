@@ -17,7 +17,7 @@ from create_webdataset import create_webdataset
 from read_webdataset import count_samples, open_webdataset
 from read_webdataset import main as read
 from sharding import store
-from sharding.errors import InputError, PackError
+from sharding.errors import InputError, PackError, StopRun
 
 
 @pytest.fixture
@@ -107,11 +107,11 @@ def test_ranges(bucket: Bucket) -> None:
 
 
 def test_a_replaced_object_is_an_error(bucket: Bucket, tmp_path: Path) -> None:
-    create_webdataset(write_pairs(tmp_path / "s", 40, 500_000), tmp_path / "o", 0, 1)
+    create_webdataset(write_pairs(tmp_path / "s", 100, 1_000_000), tmp_path / "o", 0, 1)
     url = bucket.upload(tmp_path / "o")
     samples = iter(open_webdataset(url, decode=None, shuffle_buffer=0))
     next(samples)
-    bucket.put("shard-000000.tar", bytes(20 << 20))
+    bucket.put("shard-000000.tar", bytes(60 << 20))
     with pytest.raises(PackError, match="it was replaced while it was read"):
         list(samples)
     obstore.delete(bucket.store, f"{bucket.prefix}/shard-000000.tar")
@@ -169,6 +169,11 @@ WRONG = {
     "bucket": ({}, "there is no such bucket"),
     "endpoint": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "does not answer; check AWS_ENDPOINT"),
     "none": ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "AWS_ACCESS_KEY_ID"),
+    "no URL": ({"AWS_ENDPOINT_URL": "127.0.0.1:18401"}, "AWS_ENDPOINT_URL: no URL such as"),
+    "password": (
+        {"AWS_ENDPOINT_URL": "http://me:hidden@127.0.0.1:1"},
+        "127.0.0.1:1 does not answer",
+    ),
     "profile": ({"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": "work"}, "AWS_PROFILE 'work'"),
 }
 
@@ -206,13 +211,27 @@ def test_drivers_find_it_out_before_any_work(
         ("status code: 301 Moved Permanently: ", "in another region"),
         ("<Code>SlowDown</Code>", "the store says SlowDown"),
         ("status code: 403 Forbidden", "set AWS_ACCESS_KEY_ID"),
-        ("contained empty path segment", "a key with an empty part"),
+        ('path "a//b" contained empty path segment', "the key 'a//b' has an empty part"),
     ],
 )
 def test_what_other_stores_say(text: str, cure: str) -> None:
     """Answers that the server of the tests never gives."""
     with pytest.raises(PackError, match=cure), store.saying("s3://bucket/x"):
         raise obstore.exceptions.GenericError(f"Generic S3 error: {text}\nDebug: secret")
+
+
+def test_a_store_that_is_away_for_a_while(bucket: Bucket, monkeypatch) -> None:
+    """obstore's own ten retries are over in less than five seconds."""
+    bucket.put("x", b"data")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(1 << 30, from_when=6))
+    store._connect.cache_clear()
+    assert store.Ranges(f"{bucket.url}/x").read(4) == b"data"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(1 << 30, from_when=60))
+    monkeypatch.setattr(store, "RETRY_TIME", 2)
+    store._connect.cache_clear()
+    with pytest.raises(StopRun, match="does not answer"):
+        store.Ranges(f"{bucket.url}/x")
+    store._connect.cache_clear()
 
 
 @pytest.mark.skipif(not os.environ.get("SOAK"), reason="takes a minute: `make soak`")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.errors import PackError
-from sharding.plan import PLAN, Plan, read_plan, read_shard, write_plan
+from sharding.plan import PLAN, Plan, read_plan, read_shards, write_plan
 from sharding.samples import Sample, deal
 
 KEYS = st.text('a/[,"\r\x85\u2028é ', min_size=1, max_size=6)
@@ -32,8 +32,8 @@ def test_every_sample_comes_back(samples: list[Sample], total: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plan = write_plan(folder, plan_of(samples, total), samples)
         assert read_plan(folder) == plan
-        for shard_id in range(total):
-            assert read_shard(folder, shard_id) == deal(samples, shard_id, total)
+        for shard_id, dealt in enumerate(read_shards(folder, range(total))):
+            assert dealt == deal(samples, shard_id, total)
 
 
 def test_the_digest_tells_samples_apart(tmp_path: Path) -> None:
@@ -52,4 +52,4 @@ def test_damage_is_named(content: str | None, tmp_path: Path) -> None:
     with pytest.raises(PackError, match=message):
         read_plan(str(tmp_path))
     with pytest.raises(PackError, match=message):
-        read_shard(str(tmp_path), 0)
+        list(read_shards(str(tmp_path), [0]))

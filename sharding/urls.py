@@ -1,0 +1,38 @@
+"""Which paths are URLs; no other module looks at "://"."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from sharding.errors import InputError, argument
+
+_URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def is_url(path: str | os.PathLike[str], name: str = "") -> bool:
+    """Tell whether a path is a URL of a bucket.
+
+    Args:
+        name: of the argument that gave it, for the error.
+
+    Raises:
+        InputError: it is another URL; it would become a folder of that name.
+    """
+    scheme = _URL.match(os.fspath(path))
+    if scheme and scheme[1] != "s3":
+        which = f"{argument(name)} " if name else ""
+        cure = "give a folder or s3://BUCKET/KEY"
+        raise InputError(f"{which}{path!r}: such URLs are not supported; {cure}")
+    return bool(scheme)
+
+
+def canonical(path: str | os.PathLike[str]) -> str:
+    """Return a path that means the same in any process."""
+    return os.fspath(path).rstrip("/") if is_url(path) else os.path.abspath(path)
+
+
+def refuse_url(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse a URL where a local path is wanted."""
+    if _URL.match(os.fspath(path)):
+        raise InputError(f"{argument(name)} {path!r}: a URL cannot be used here; give a local path")
