@@ -7,7 +7,6 @@ that each did in it is compared: how many samples, and a checksum of their names
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import shlex
 import shutil
@@ -31,15 +30,22 @@ from report import (
     verdicts,
     write_rows,
 )
+from server import BUCKET, Server, adopt_orphans
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 SHARDS = (1, 4, 16, 64, 256, 1024)
+AT_STORE = "output"  # prefix of what contestants write to the store
 
 # GNU tar lists its files within its time too, and in the fastest way, unsorted (ls -U).
 TAR = """cd "$1" && ls -U | awk -v part="$3" -v parts="$4" 'NR % parts == part' |
 tar --format=ustar -cf "$2/$3.tar" -T - && sync "$2/$3.tar" """
+
+
+def elsewhere(jobs: list[list[str]], output: Path, other: str) -> list[list[str]]:
+    """Return jobs that write to another place than the usual one."""
+    return [[other if word == str(output) else word for word in job] for job in jobs]
 
 
 class Bench:
@@ -53,6 +59,7 @@ class Bench:
         own = HERE / ".venv/bin/python"
         self.peer_python = str(own) if own.exists() else sys.executable
         self.skipped: list[str] = []
+        self.server: Server | None = None  # of the present group
         self.commit = said("git", "-C", str(PROJECT), "describe", "--always", "--dirty")
 
     def data(self, samples: int, size: int, text: int = 40) -> tuple[str, int]:
@@ -94,10 +101,37 @@ class Bench:
         folder = self.root / f"made-by-{writer}" / Path(source).name
         if not folder.exists():
             folder.mkdir(parents=True)
-            for job in self.script(writer, source, parts, peer=peer):
-                job[job.index(str(self.output))] = str(folder)
+            jobs = self.script(writer, source, parts, peer=peer)
+            for job in elsewhere(jobs, self.output, str(folder)):
                 subprocess.run(job, capture_output=True)
         return str(folder)
+
+    def serve(self, **folders: str) -> Server:
+        """Start an S3 server that holds the files of folders, each below a prefix."""
+        self.server = Server(self.root / "server")
+        for prefix, folder in folders.items():
+            self.server.do("upload", folder, prefix)
+        return self.server
+
+    def stop_server(self) -> None:
+        """Stop the server of a group, if it has one."""
+        server, self.server = self.server, None
+        if server:
+            server.stop()
+
+    def clear(self) -> None:
+        """Remove what a contestant wrote."""
+        shutil.rmtree(self.output, ignore_errors=True)
+        self.output.mkdir()
+        self.log.unlink(missing_ok=True)
+        if self.server:
+            self.server.do("empty", AT_STORE)
+
+    def check(self) -> tuple[int, str]:
+        """Return how many samples the last run handled, and a checksum."""
+        if self.server:
+            self.server.do("download", AT_STORE, str(self.output))
+        return check_apart(self.output, self.log)
 
     def tar(self, source: str, parts: int = 1) -> list[list[str]]:
         """Return the jobs of GNU tar."""
@@ -289,9 +323,43 @@ def peers(bench: Bench) -> list[Contestant]:
     return contestants
 
 
+def store(bench: Bench) -> list[Contestant]:
+    """5,000 samples of 8 KB + 40 B from bucket to bucket; the shards of 20,000 of them read."""
+    (few, few_count), (many, many_count) = bench.data(5_000, 8192), bench.data(20_000, 8192)
+    shard, shards = bench.made("ours", few), bench.made("ours", many, 4)
+    chunks, mds = (bench.made(name, many, peer=True) for name in ("litdata", "mds"))
+    env = bench.serve(raw=few, shards=shards, litdata=chunks, mds=mds).env
+    raw, output = f"s3://{BUCKET}/raw", f"s3://{BUCKET}/{AT_STORE}"
+    driver = elsewhere(bench.driver("run_parallel.sh", raw, 2), bench.output, output)
+    contestants = [Contestant("run_parallel.sh, 2 workers", driver, few_count, env=env)]
+    for name, script, source in (
+        ("create_webdataset", "ours", raw),
+        ("s3fs", "s3fs", raw),
+        ("s3fs, 64 at once", "s3fs-cat", raw),
+        ("boto3", "boto3", raw),
+        ("boto3, 32 threads", "boto3-threads", raw),
+        ("GETs alone, 32 threads", "bare-gets", raw),
+        ("upload alone", "bare-upload", shard),
+    ):
+        jobs = bench.script(script, source, peer=script.startswith(("s3fs", "boto3")))
+        jobs = elsewhere(jobs, bench.output, output)
+        contestants.append(Contestant(name, jobs, few_count, True, env))
+    for name, script, prefix in (
+        ("open_webdataset", "ours-read", "shards"),
+        ("wds.WebDataset, pipe:curl", "wds-curl-read", "shards"),
+        ("litdata", "litdata-store-read", "litdata"),
+        ("mosaicml-streaming", "mds-store-read", "mds"),
+        ("download alone", "bare-download", "shards"),
+    ):
+        peer = script.startswith(("litdata", "mds"))
+        jobs = bench.script(script, f"s3://{BUCKET}/{prefix}", peer=peer)
+        contestants.append(Contestant(name, jobs, many_count, True, env))
+    return contestants
+
+
 GROUPS = {
     f.__name__: f
-    for f in (pack, large, slow, drivers, ray, shards, samples, reader, training, peers)
+    for f in (pack, large, slow, drivers, ray, shards, samples, reader, training, peers, store)
 }
 
 
@@ -311,16 +379,14 @@ def race(bench: Bench, group: str, repeats: int) -> Iterator[Row]:
     with tqdm(total=total, desc=group, unit=" runs", disable=None) as bar:
         for repeat in range(repeats + 1):
             for contestant in list(contestants):
-                shutil.rmtree(bench.output, ignore_errors=True)
-                bench.output.mkdir()
-                bench.log.unlink(missing_ok=True)
+                bench.clear()
                 os.sync()  # nobody pays for what another wrote
                 try:
                     checked = {} if repeat else {"BENCH_CHECK": "1"}
                     env = {**contestant.env, **checked}
                     figures = run(contestant._replace(env=env), bench.log)
                     if repeat == 0:
-                        work[contestant.name] = check_apart(bench.output, bench.log)
+                        work[contestant.name] = bench.check()
                         compare_work(contestant, work)
                 except Skipped as reason:
                     contestants.remove(contestant)
@@ -387,9 +453,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(groups) - set(GROUPS):
         parser.error(f"no such group: {', '.join(sorted(unknown))}")
     os.environ.update(PYTHON=sys.executable, RAY_USAGE_STATS_ENABLED="0")
-    if sys.platform == "linux":
-        # Orphans, of which Ray leaves many, become children of this process, which counts them.
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    adopt_orphans(True)
     bench = Bench(args.data.resolve() / "webdataset-benchmark", args.scale, args.full)
     bench.root.mkdir(parents=True, exist_ok=True)
     # Groups that are not run now keep their figures.
@@ -399,7 +463,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         for group in groups:
-            runs = list(race(bench, group, args.repeats))
+            try:
+                runs = list(race(bench, group, args.repeats))
+            finally:
+                bench.stop_server()
             rows += runs
             write_results(bench, args.results, rows, command)
             print(f"## {group}\n\n{table(runs)}", flush=True)

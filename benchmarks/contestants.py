@@ -71,9 +71,16 @@ def core(name: str = "create_webdataset", *more: str) -> Any:
     return script
 
 
+def of_buckets(*paths: str) -> list[str]:
+    """Name the modules that are imported only for buckets."""
+    at_store = any(path.startswith("s3://") for path in paths)
+    return ["sharding.objects", "sharding.bucket_run"] if at_store else []
+
+
 def ours(task: Task) -> None:
     """Pack with the function that both drivers call."""
-    core().create_webdataset(task.source, task.output, task.part, task.parts)
+    script = core("create_webdataset", *of_buckets(task.source, task.output))
+    script.create_webdataset(task.source, task.output, task.part, task.parts)
 
 
 def ours_unsynced(task: Task) -> None:
@@ -238,7 +245,8 @@ def needed(decode: str | None, workers: int) -> list[str]:
 
 def ours_read(task: Task, decode: str | None = None, workers: int = 0) -> None:
     """Read the shards in the folder `source` as a training does."""
-    reader = core("read_webdataset", "sharding.pipeline", *needed(decode, workers))
+    modules = *of_buckets(task.source), *needed(decode, workers)
+    reader = core("read_webdataset", "sharding.pipeline", *modules)
     count(reader.open_webdataset(task.source, decode=decode, shuffle_buffer=0), workers)
 
 
@@ -287,6 +295,152 @@ def webshart_read(task: Task) -> None:
     count((image.data, text.data) for image, text in zip(files, files, strict=True))
 
 
+# ---------------------------------------------------------------- object stores
+
+
+def bucket_of(url: str) -> tuple[str, str]:
+    """Return bucket and prefix of a URL."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    return bucket, prefix
+
+
+def sample_of(image: str, data: bytes, text: bytes) -> dict[str, Any]:
+    """Return a sample, of the path of its image and the contents of both files."""
+    return {"__key__": os.path.basename(image)[:-4], "jpg": data, "txt": text.decode()}
+
+
+def s3fs_pack(task: Task, at_once: int = 1) -> None:
+    """Pack with s3fs and TarWriter: an object after the other, or many at once (`cat`)."""
+    import s3fs
+    import webdataset as wds
+
+    imported()
+    fs = s3fs.S3FileSystem()
+    names = sorted(path for path in fs.find(task.source) if path.endswith(".jpg"))
+    with (
+        fs.open(f"{task.output}/shard-{task.part:06d}.tar", "wb") as stream,
+        wds.TarWriter(stream) as sink,
+    ):
+        mine = names[task.part :: task.parts]
+        for batch in (mine[i : i + at_once] for i in range(0, len(mine), at_once)):
+            paths = [path for image in batch for path in (image, image[:-4] + ".txt")]
+            found = fs.cat(paths) if at_once > 1 else {path: fs.cat_file(path) for path in paths}
+            for image in batch:
+                sink.write(sample_of(image, found[image], found[image[:-4] + ".txt"]))
+
+
+def boto3_pack(task: Task, threads: int = 1) -> None:
+    """Pack with boto3 and TarWriter, in memory: an object after the other, or in threads."""
+    import io
+    from concurrent.futures import ThreadPoolExecutor
+
+    import boto3
+    import webdataset as wds
+    from botocore.config import Config
+
+    imported()
+    client = boto3.client("s3", config=Config(max_pool_connections=max(10, threads)))
+    bucket, prefix = bucket_of(task.source)
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
+    names = sorted(item["Key"] for page in pages for item in page["Contents"])
+
+    def get(key: str) -> bytes:
+        return client.get_object(Bucket=bucket, Key=key)["Body"].read()
+
+    def load_object(image: str) -> dict[str, Any]:
+        return sample_of(image, get(image), get(image[:-4] + ".txt"))
+
+    mine = [name for name in names if name.endswith(".jpg")][task.part :: task.parts]
+    with ThreadPoolExecutor(threads) as pool, io.BytesIO() as stream:
+        with wds.TarWriter(stream) as sink:
+            for sample in pool.map(load_object, mine) if threads > 1 else map(load_object, mine):
+                sink.write(sample)
+        stream.seek(0)
+        bucket, prefix = bucket_of(task.output)
+        client.upload_fileobj(stream, bucket, f"{prefix}/shard-{task.part:06d}.tar")
+
+
+def bare_store(bucket: str) -> Any:
+    """Return the bucket, for what packs and reads nothing: the limit of the server."""
+    from obstore.store import S3Store
+
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    return S3Store(bucket, endpoint=endpoint, client_options={"allow_http": True})
+
+
+def bare_gets(task: Task) -> None:
+    """List the source, and get each object, in as many threads as ours uses."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import obstore
+
+    imported()
+    bucket, prefix = bucket_of(task.source)
+    store = bare_store(bucket)
+    keys = [item["path"] for chunk in obstore.list(store, prefix) for item in chunk]
+    with ThreadPoolExecutor(32) as pool:
+        got = list(pool.map(lambda key: len(obstore.get(store, key).bytes()), keys))
+    print("counted", len(got) // 2)
+
+
+def bare_upload(task: Task) -> None:
+    """Upload the shards in the folder `source`."""
+    import obstore
+
+    imported()
+    bucket, prefix = bucket_of(task.output)
+    store = bare_store(bucket)
+    for path in glob.glob(f"{task.source}/*.tar"):
+        with open(path, "rb") as stream:
+            obstore.put(store, f"{prefix}/{os.path.basename(path)}", stream)
+
+
+def bare_download(task: Task) -> None:
+    """Get the shards, range by range, and throw them away."""
+    import obstore
+
+    imported()
+    bucket, prefix = bucket_of(task.source)
+    store, images = bare_store(bucket), 0
+    for item in obstore.list(store, prefix).collect():
+        for begin in range(0, item["size"], 8 << 20):
+            end = min(begin + (8 << 20), item["size"])
+            part = bytes(obstore.get_range(store, item["path"], start=begin, end=end))
+            images += part.count(b".jpg\0") if os.environ.get("BENCH_CHECK") else 0
+    print("counted", images)
+
+
+def wds_curl_read(task: Task) -> None:
+    """Read the shards that curl gets with a plain loop."""
+    import webdataset as wds
+
+    imported()
+    key = '"$AWS_ACCESS_KEY_ID:$AWS_SECRET_ACCESS_KEY"'
+    curl = f'curl --fail --silent --aws-sigv4 "aws:amz:$AWS_REGION:s3" --user {key}'
+    names = f"{'/'.join(bucket_of(task.source))}/shard-{{000000..000003}}.tar"
+    shards = f"pipe:{curl} $AWS_ENDPOINT_URL/{names}"
+    count(wds.WebDataset(shards, shardshuffle=False))
+
+
+def litdata_store_read(task: Task) -> None:
+    """Read the chunks of litdata, through an empty cache."""
+    import litdata
+
+    imported()
+    options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
+    where, cache = f"{task.source}/chunks", f"{task.output}/cache"
+    count(litdata.StreamingDataset(where, cache_dir=cache, storage_options=options))
+
+
+def mds_store_read(task: Task) -> None:
+    """Read the shards of mosaicml-streaming, through an empty cache."""
+    from streaming import StreamingDataset
+
+    imported()
+    where, cache = f"{task.source}/0", f"{task.output}/cache"
+    count(StreamingDataset(remote=where, local=cache, shuffle=False, batch_size=1))
+
+
 CONTESTANTS: dict[str, Callable[[Task], None]] = {
     "ours": ours,
     "ours-unsynced": ours_unsynced,
@@ -314,6 +468,16 @@ CONTESTANTS: dict[str, Callable[[Task], None]] = {
     "mds-read": mds_read,
     "webshart-index": webshart_index,
     "webshart-read": webshart_read,
+    "s3fs": s3fs_pack,
+    "s3fs-cat": partial(s3fs_pack, at_once=64),
+    "boto3": boto3_pack,
+    "boto3-threads": partial(boto3_pack, threads=32),
+    "bare-gets": bare_gets,
+    "bare-upload": bare_upload,
+    "bare-download": bare_download,
+    "wds-curl-read": wds_curl_read,
+    "litdata-store-read": litdata_store_read,
+    "mds-store-read": mds_store_read,
 }
 
 
