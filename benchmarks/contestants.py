@@ -425,8 +425,10 @@ def wds_curl_read(task: Task) -> None:
 def litdata_store_read(task: Task) -> None:
     """Read the chunks of litdata, through an empty cache."""
     import litdata
+    from litdata.streaming import downloader
 
     imported()
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # it has no option for that
     options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
     where, cache = f"{task.source}/chunks", f"{task.output}/cache"
     count(litdata.StreamingDataset(where, cache_dir=cache, storage_options=options))

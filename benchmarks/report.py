@@ -220,6 +220,17 @@ TARGETS = (
     ),
     ratio("reader", WDS, "read_webdataset.py, 2 workers", least=3),
     ratio("reader", WDS, "read_webdataset.py --source, 2 workers"),
+    ratio("store", "s3fs", "create_webdataset", least=5),
+    ratio("store", "s3fs, 64 at once", "create_webdataset"),
+    ratio("store", "boto3", "create_webdataset"),
+    ratio("store", "boto3, 32 threads", "create_webdataset"),
+    ratio("store", "s3fs", "run_parallel.sh, 2 workers"),
+    ratio("store", "create_webdataset", "GETs alone, 32 threads"),
+    ratio("store", "run_parallel.sh, 2 workers", "GETs alone, 32 threads"),
+    ratio("store", "wds.WebDataset, pipe:curl", "open_webdataset"),
+    ratio("store", "litdata", "open_webdataset"),
+    ratio("store", "mosaicml-streaming", "open_webdataset"),
+    ratio("store", "open_webdataset", "download alone"),
 )
 
 

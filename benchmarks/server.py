@@ -78,8 +78,9 @@ class Server:
         self.process.wait()
         adopt_orphans(True)
         url = f"http://127.0.0.1:{s3}"
-        self.env = {**KEYS, "AWS_ENDPOINT_URL": url, "S3_ENDPOINT_URL": url}
-        self.env["AWS_REGION"] = self.env["AWS_DEFAULT_REGION"] = "us-east-1"
+        self.env = {**KEYS, "AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1"}
+        # What boto3 and mosaicml-streaming ask for.
+        self.env |= {"AWS_DEFAULT_REGION": "us-east-1", "S3_ENDPOINT_URL": url}
         try:
             self.do("wait")
         except subprocess.CalledProcessError:
