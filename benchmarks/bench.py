@@ -324,36 +324,39 @@ def peers(bench: Bench) -> list[Contestant]:
 
 
 def store(bench: Bench) -> list[Contestant]:
-    """5,000 samples of 8 KB + 40 B from bucket to bucket; the shards of 20,000 of them read."""
-    (few, few_count), (many, many_count) = bench.data(5_000, 8192), bench.data(20_000, 8192)
+    """5,000 samples of 8 KB + 40 B (300 KB: 300 of these) from bucket to bucket; 20,000 read."""
+    few, few_count = bench.data(5_000, 8192)
+    large, large_count = bench.data(300, 300 * 1024)
+    many, many_count = bench.data(20_000, 8192)
     shard, shards = bench.made("ours", few), bench.made("ours", many, 4)
     chunks, mds = (bench.made(name, many, peer=True) for name in ("litdata", "mds"))
-    env = bench.serve(raw=few, shards=shards, litdata=chunks, mds=mds).env
-    raw, output = f"s3://{BUCKET}/raw", f"s3://{BUCKET}/{AT_STORE}"
-    driver = elsewhere(bench.driver("run_parallel.sh", raw, 2), bench.output, output)
+    server = bench.serve(raw=few, large=large, shards=shards, litdata=chunks, mds=mds)
+    env, output = server.env, f"{BUCKET}/{AT_STORE}"
+    driver = elsewhere(bench.driver("run_parallel.sh", f"{BUCKET}/raw", 2), bench.output, output)
     contestants = [Contestant("run_parallel.sh, 2 workers", driver, few_count, env=env)]
-    for name, script, source in (
-        ("create_webdataset", "ours", raw),
-        ("s3fs", "s3fs", raw),
-        ("s3fs, 64 at once", "s3fs-cat", raw),
-        ("boto3", "boto3", raw),
-        ("boto3, 32 threads", "boto3-threads", raw),
-        ("GETs alone, 32 threads", "bare-gets", raw),
-        ("upload alone", "bare-upload", shard),
+    for name, script, source, count in (
+        ("create_webdataset", "ours", f"{BUCKET}/raw", few_count),
+        ("s3fs", "s3fs", f"{BUCKET}/raw", few_count),
+        ("s3fs, 64 at once", "s3fs-cat", f"{BUCKET}/raw", few_count),
+        ("boto3", "boto3", f"{BUCKET}/raw", few_count),
+        ("boto3, 32 threads", "boto3-threads", f"{BUCKET}/raw", few_count),
+        ("GETs alone, 32 threads", "bare-gets", f"{BUCKET}/raw", few_count),
+        ("upload alone", "bare-upload", shard, few_count),
+        ("create_webdataset, 300 KB", "ours", f"{BUCKET}/large", large_count),
+        ("s3fs, 300 KB", "s3fs", f"{BUCKET}/large", large_count),
+        ("boto3, 300 KB", "boto3", f"{BUCKET}/large", large_count),
+        ("GETs alone, 32 threads, 300 KB", "bare-gets", f"{BUCKET}/large", large_count),
+        ("open_webdataset", "ours-read", f"{BUCKET}/shards", many_count),
+        ("wds.WebDataset, pipe:curl", "wds-curl-read", f"{BUCKET}/shards", many_count),
+        ("litdata", "litdata-store-read", f"{BUCKET}/litdata", many_count),
+        ("mosaicml-streaming", "mds-store-read", f"{BUCKET}/mds", many_count),
+        ("download alone", "bare-download", f"{BUCKET}/shards", many_count),
     ):
-        jobs = bench.script(script, source, peer=script.startswith(("s3fs", "boto3")))
-        jobs = elsewhere(jobs, bench.output, output)
-        contestants.append(Contestant(name, jobs, few_count, True, env))
-    for name, script, prefix in (
-        ("open_webdataset", "ours-read", "shards"),
-        ("wds.WebDataset, pipe:curl", "wds-curl-read", "shards"),
-        ("litdata", "litdata-store-read", "litdata"),
-        ("mosaicml-streaming", "mds-store-read", "mds"),
-        ("download alone", "bare-download", "shards"),
-    ):
-        peer = script.startswith(("litdata", "mds"))
-        jobs = bench.script(script, f"s3://{BUCKET}/{prefix}", peer=peer)
-        contestants.append(Contestant(name, jobs, many_count, True, env))
+        peer = script.startswith(("s3fs", "boto3", "litdata", "mds"))
+        jobs = bench.script(script, source, peer=peer)
+        if count != many_count:  # readers keep their cache, if any, on the disk
+            jobs = elsewhere(jobs, bench.output, output)
+        contestants.append(Contestant(name, jobs, count, True, env))
     return contestants
 
 

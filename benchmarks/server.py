@@ -26,7 +26,7 @@ from measure import Skipped
 if TYPE_CHECKING:
     from obstore.store import S3Store
 
-BUCKET = "benchmark"
+BUCKET = "s3://benchmark"
 KEYS = {"AWS_ACCESS_KEY_ID": "a-key", "AWS_SECRET_ACCESS_KEY": "a-secret-of-benchmarks"}
 FLAGS = "-filer -s3 -s3.port.iceberg=0 -s3.port.lance=0 -master.telemetry=false -volume.max=20"
 # The server is to be no child of the benchmark, which waits for all of them after each run. It
@@ -108,7 +108,7 @@ def connect(retries: int = 10) -> S3Store:
     from obstore.store import S3Store
 
     return S3Store(
-        BUCKET,
+        BUCKET.removeprefix("s3://"),
         endpoint=os.environ["AWS_ENDPOINT_URL"],
         client_options={"allow_http": True},
         retry_config={"max_retries": retries},
