@@ -67,9 +67,10 @@ class Server:
         s3, volume, master, filer = free_ports(4)
         ports = f"-s3.port={s3} -volume.port={volume} -master.port={master} -filer.port={filer}"
         where = f"-dir={folder} -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.volumeSizeLimitMB=1024"
+        flags = f"{where} {ports} {FLAGS}".split()
         adopt_orphans(False)
         self.process = subprocess.Popen(
-            ["sh", "-c", HOLD, "sh", weed, "server", *f"{where} {ports} {FLAGS}".split()],
+            ["sh", "-c", HOLD, "sh", weed, f"-logdir={folder}", "server", *flags],
             env={**os.environ, **KEYS},
             cwd=folder,
             stdin=subprocess.PIPE,
