@@ -120,8 +120,18 @@ class Bench:
             server.stop()
 
     def clear(self) -> None:
-        """Remove what a contestant wrote."""
-        shutil.rmtree(self.output, ignore_errors=True)
+        """Remove what a contestant wrote; its files stay, empty, until all is over.
+
+        ext4 makes no new file of an inode that was removed less than some minutes ago, and looks
+        at each of them: 0.4 ms for a file, paid by whoever runs next (seen with perf).
+        """
+        if self.output.exists():
+            for path in self.output.rglob("*"):
+                if path.is_file():
+                    os.truncate(path, 0)
+            emptied = self.root / "emptied"
+            emptied.mkdir(exist_ok=True)
+            self.output.rename(emptied / str(len(os.listdir(emptied))))
         self.output.mkdir()
         self.log.unlink(missing_ok=True)
         if self.server:
@@ -475,8 +485,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"## {group}\n\n{table(runs)}", flush=True)
         print(*bench.skipped, verdicts(rows), sep="\n")
     finally:
-        if not args.keep:
-            shutil.rmtree(bench.root)
+        shutil.rmtree(bench.root / "emptied" if args.keep else bench.root, ignore_errors=True)
     return 0
 
 
