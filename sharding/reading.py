@@ -14,7 +14,9 @@ from sharding.places import dataset_at
 from sharding.samples import RESERVED_FOLDER, split_name
 from sharding.urls import is_url
 
-READ_SIZE = 1 << 20  # bytes read at a time
+# Bytes read at a time. To free so large a buffer teaches glibc's malloc to keep what is freed:
+# with 1 MB, each tensor of a decoded picture was given back and fetched anew, for half of the time.
+READ_SIZE = 4 << 20
 SCAN_SIZE = 4 << 10  # the same where headers alone are read
 
 

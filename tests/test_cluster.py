@@ -148,14 +148,16 @@ def test_paths_that_nodes_do_not_share(source, cluster, tmp_path, monkeypatch, c
     assert not list((tmp_path / "o").glob("*.tar"))
 
 
-def test_from_bucket_to_bucket(cluster, bucket, tmp_path, capfd) -> None:
+def test_buckets(cluster, bucket, tmp_path, capfd) -> None:
     """Each node uses the credentials of its environment; none is in Ray's logs."""
     source = write_pairs(tmp_path / "raw", 500)
     flags = ["--source", source, "--output", tmp_path / "o", f"--num-shards={SHARDS}"]
     assert run_script("run_parallel.sh", *flags).returncode == 0
     expected, url = hashes(tmp_path / "o"), bucket.upload(source, "raw/")
-    assert pack(url, f"{bucket.url}/o", cluster) == 0, capfd.readouterr().err
-    assert bucket.hashes("o") == expected
+    assert pack(url, f"{bucket.url}/a", cluster) == 0, capfd.readouterr().err
+    assert pack(source, f"{bucket.url}/b", cluster) == 0, capfd.readouterr().err
+    assert pack(url, tmp_path / "c", cluster) == 0, capfd.readouterr().err
+    assert bucket.hashes("a") == bucket.hashes("b") == hashes(tmp_path / "c") == expected
     assert "bytes up; " in capfd.readouterr().out
     logs = Path(tempfile.gettempdir(), "ray", "session_latest", "logs").resolve()
     assert list(logs.iterdir())
