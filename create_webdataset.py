@@ -33,12 +33,7 @@ from sharding.listing import list_samples
 from sharding.pack import begin_shard, write_shard
 from sharding.places import output_at
 from sharding.samples import deal
-from sharding.shards import (
-    MAX_SHARDS,
-    Progress,
-    Shard,
-    check_shard_numbers,
-)
+from sharding.shards import MAX_SHARDS, Progress, Shard, check_shard_numbers
 from sharding.urls import is_url
 
 USAGE = """create_webdataset.py --source DIR --output DIR --shard-id I --total-shards N [options]

@@ -6,33 +6,19 @@ Writing is in folder_run.py.
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from sharding.errors import InputError, PackError, argument, explain, naming
-from sharding.shards import (
-    REPLACED,
-    SHARD_PATTERN,
-    STRAY,
-    STRAY_PATTERN,
-    Found,
-)
-
-if TYPE_CHECKING:
-    pass
+from sharding.shards import REPLACED, SHARD_PATTERN, STRAY, STRAY_PATTERN, Found
 
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 GONE = ".webdataset-gone-"  # begins the name of one that is being removed
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
-LOCK = ".webdataset.lock"
 READ_SIZE = 1 << 20  # bytes read at a time
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of flock: some Lustre and FUSE
-_NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # of fsync on a folder: CIFS and the like
-LOCK_WAIT = 0.5  # seconds; the holder of a run that has just ended takes a moment to go
 INTERRUPTED = (
     "publishing was interrupted; run the same command again, the one that packed (of an array job: "
     "the one that published)"

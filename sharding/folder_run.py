@@ -263,7 +263,7 @@ def staged_shards(staging: str) -> dict[int, list[str]]:
 
 def kept_shards(staging: str) -> list[int]:
     """Return which shards are older than the plan of their run: of one that was interrupted."""
-    began = os.stat(os.path.join(staging, "plan")).st_mtime_ns
+    began = os.stat(os.path.join(staging, PLAN)).st_mtime_ns
     staged = staged_shards(staging).items()
     return [shard_id for shard_id, paths in staged if os.stat(paths[0]).st_mtime_ns < began]
 

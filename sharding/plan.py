@@ -20,6 +20,7 @@ from sharding.urls import is_url
 PLAN = "plan"  # the name of the file, in the folder of a run
 _PLACE = "%015d\n"  # where in the file the samples of a shard begin
 _NO_DIGEST = "0" * 32
+_REMOVE = "it, or its folder"
 
 
 class Plan(NamedTuple):
@@ -62,7 +63,7 @@ def dump_plan(stream: BinaryIO, plan: Plan, samples: Sequence[Sample]) -> Plan:
     return plan
 
 
-def load_plan(stream: BinaryIO, name: str, remove: str = "it, or its folder") -> Plan:
+def load_plan(stream: BinaryIO, name: str, remove: str = _REMOVE) -> Plan:
     """Return the plan that a stream begins with.
 
     Args:
@@ -76,15 +77,13 @@ def load_plan(stream: BinaryIO, name: str, remove: str = "it, or its folder") ->
         return _from_header(stream.readline())
 
 
-def load_shards(
-    stream: BinaryIO, shard_ids: Iterable[int], name: str, remove: str = "it, or its folder"
-) -> Iterator[list[Sample]]:
+def load_shards(stream: BinaryIO, shard_ids: Iterable[int], name: str) -> Iterator[list[Sample]]:
     """Yield the samples of shards of the plan in a stream, which can seek; see `load_plan`.
 
     Raises:
         PackError: it is damaged.
     """
-    with _reading(name, remove):
+    with _reading(name):
         plan = _from_header(stream.readline())
         first, size = stream.tell(), len(_PLACE % 0)
         for shard_id in shard_ids:
@@ -161,7 +160,7 @@ def _opening(folder: str) -> Iterator[tuple[str, BinaryIO]]:
 
 
 @contextlib.contextmanager
-def _reading(name: str, remove: str) -> Iterator[None]:
+def _reading(name: str, remove: str = _REMOVE) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError):
