@@ -63,12 +63,11 @@ _NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # of fsync on a folder: CIFS and the l
 def check_output(output: str, listing: Listing) -> None:
     """Refuse an output where writing shards would fail or overwrite something."""
     name = f"{argument('output')} {output!r}"
-    replaces = "tar" in listing.fields.known() and os.path.isdir(listing.source)
-    inside = Path(os.path.realpath(output)).is_relative_to(os.path.realpath(listing.source))
-    if replaces and inside:
-        raise InputError(f"{name} is inside {argument('source')}, whose tars it could replace")
-    if replaces:  # a link may lead from the source to the output
+    if "tar" in listing.fields.known() and os.path.isdir(listing.source):
         here = os.path.realpath(output)
+        if Path(here).is_relative_to(os.path.realpath(listing.source)):
+            raise InputError(f"{name} is inside {argument('source')}, whose tars it could replace")
+        # A link may lead from the source to the output.
         for file in (file for sample in listing.samples for file in sample.files()):
             folder, base = os.path.split(os.path.realpath(os.path.join(listing.source, file)))
             if folder == here and SHARD_PATTERN.fullmatch(base):
