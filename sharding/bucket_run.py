@@ -28,10 +28,10 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from sharding.bucket import PLAN, base, objects_at
-from sharding.errors import AlreadyDone, InputError, PackError, argument, count, warn
+from sharding.errors import AlreadyDone, InputError, PackError, argument, warn
 from sharding.plan import Plan, dump_plan, load_plan, load_shards, not_packed, same_samples
 from sharding.samples import Sample
-from sharding.shards import SHARD_PATTERN, STRAY_PATTERN, NewShard, shard_name
+from sharding.shards import SHARD_PATTERN, STRAY_PATTERN, NewShard, shard_name, warn_of_strays
 from sharding.store import Ranges, check_bucket, connect, saying, split
 from sharding.urls import is_url
 
@@ -75,9 +75,8 @@ def check_output(output: str, listing: Listing) -> None:
         inside = f"{argument('output')} {output!r} is inside {argument('source')}"
         raise InputError(f"{inside}, whose tars it could replace")
     names = [name for name in objects_at(output) if STRAY_PATTERN.fullmatch(name)]
-    if strays := [name for name in names if not SHARD_PATTERN.fullmatch(name)]:
-        found = f"{count(len(strays), 'object')} ({min(strays)!r})"
-        warn(f"{output!r} has {found} not named like its shards, which readers may take for some")
+    strays = [name for name in names if not SHARD_PATTERN.fullmatch(name)]
+    warn_of_strays(output, "object", strays)
 
 
 def prepare(output: str, shard_ids: Container[int]) -> None:  # noqa: ARG001

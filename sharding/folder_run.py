@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding import plan as plans
-from sharding.errors import InputError, PackError, argument, count, naming, warn
+from sharding.errors import InputError, PackError, argument, naming, warn
 from sharding.folder import (
     GONE,
     INTERRUPTED,
@@ -46,6 +46,7 @@ from sharding.shards import (
     STRAY_PATTERN,
     NewShard,
     shard_name,
+    warn_of_strays,
 )
 
 if TYPE_CHECKING:
@@ -84,9 +85,7 @@ def check_output(output: str, listing: Listing) -> None:
                     )
             elif STRAY_PATTERN.fullmatch(entry.name):
                 strays.append(entry.name)
-    if strays:
-        found = f"{count(len(strays), 'file')} ({min(strays)!r})"
-        warn(f"{name} has {found} not named like its shards, which readers may take for some")
+    warn_of_strays(output, "file", strays)
 
 
 def prepare(output: str, shard_ids: Container[int]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO, NamedTuple
 
-from sharding.errors import InputError, argument, count
+from sharding.errors import InputError, argument, count, warn
 
 DIGITS = 6  # of the number in a shard's name
 MAX_SHARDS = 10**DIGITS
@@ -61,6 +61,13 @@ def shard_name(shard_id: int) -> str:
 def shard_number(path: str) -> int:
     """Return the number in a shard's name: 'folder/shard-000007.tar' -> 7."""
     return int(path[-DIGITS - 4 : -4])
+
+
+def warn_of_strays(output: str, noun: str, strays: Sequence[str]) -> None:
+    """Warn if an output holds names that match STRAY_PATTERN but are no shard's."""
+    if strays:
+        found = f"{count(len(strays), noun)} ({min(strays)!r})"
+        warn(f"{output!r} has {found} not named like its shards, which readers may take for some")
 
 
 def check_shard_numbers(total_shards: int, samples: int, shard_id: int = 0) -> None:
