@@ -25,8 +25,10 @@ from sharding.store import (
     saying,
     split,
 )
+from sharding.urls import canonical
 
 PLAN = ".webdataset-plan"  # stands beside the shards until all are there; see bucket_run.py
+UNFINISHED = "a run is not finished; finish it with --resume"
 
 
 def find_shards(path: str) -> Found:
@@ -38,13 +40,13 @@ def find_shards(path: str) -> Found:
 def list_shards(url: str) -> Found:
     """List the shards at a prefix, in this process."""
     check_bucket(url)
-    folder, pattern = base(url), ""
+    folder, pattern = canonical(url), ""
     names = list(objects_at(folder))
     if not names:  # the last part is a pattern, or the shard itself
         folder, _, pattern = folder.rpartition("/")
         names = list(objects_at(folder)) if split(url)[1] else []
     if PLAN in names:
-        raise PackError(f"{folder!r}: a run is not finished; finish it with --resume")
+        raise PackError(f"{folder!r}: {UNFINISHED}")
     if pattern:
         names = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     shards = [f"{folder}/{name}" for name in names if SHARD_PATTERN.fullmatch(name)]
@@ -54,11 +56,6 @@ def list_shards(url: str) -> Found:
     return Found(
         sorted(shards, key=shard_number), [(STRAY, n) for n in sorted(strays)], not pattern
     )
-
-
-def base(url: str) -> str:
-    """Return a URL without the slash at its end: what a name is put behind."""
-    return "/".join(filter(None, ("s3:/", *split(url))))
 
 
 def objects_at(url: str) -> dict[str, Any]:

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import obstore
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-from sharding.bucket import PLAN, base, objects_at
+from sharding.bucket import PLAN, UNFINISHED, objects_at
 from sharding.errors import AlreadyDone, InputError, PackError, argument, warn
 from sharding.plan import Plan, dump_plan, load_plan, load_shards, not_packed, same_samples
 from sharding.samples import Sample
 from sharding.shards import SHARD_PATTERN, STRAY_PATTERN, NewShard, shard_name, warn_of_strays
 from sharding.store import Ranges, check_bucket, connect, saying, split
-from sharding.urls import is_url
+from sharding.urls import canonical, is_url
 
 if TYPE_CHECKING:
     from sharding.listing import Listing
@@ -71,7 +71,7 @@ def check_output(output: str, listing: Listing) -> None:
         raise InputError(f"{argument('output')} {output!r}: some stores turn a backslash into /")
     check_bucket(output)
     tars = is_url(listing.source) and "tar" in listing.fields.known()
-    if tars and f"{base(output)}/".startswith(f"{base(listing.source)}/"):
+    if tars and f"{canonical(output)}/".startswith(f"{listing.source}/"):
         inside = f"{argument('output')} {output!r} is inside {argument('source')}"
         raise InputError(f"{inside}, whose tars it could replace")
     names = [name for name in objects_at(output) if STRAY_PATTERN.fullmatch(name)]
@@ -82,7 +82,7 @@ def check_output(output: str, listing: Listing) -> None:
 def prepare(output: str, shard_ids: Container[int]) -> None:  # noqa: ARG001
     """Refuse to write single shards where a run is not finished."""
     if PLAN in objects_at(output):
-        raise PackError(f"{output!r}: a run is not finished; finish it with --resume")
+        raise PackError(f"{output!r}: {UNFINISHED}")
 
 
 def settle(output: str) -> None:
@@ -94,9 +94,10 @@ def begin(
 ) -> tuple[str, Plan, int]:
     """Claim a prefix for a run; see `places.Output`."""
     run = secrets.token_hex(8)
+    folder = f"{output}/.webdataset-{run}"
     stream = io.BytesIO()
     plan = dump_plan(stream, plan._replace(run=run), samples)
-    finished = finish_cut(f"{output}/.webdataset-{run}")
+    finished = finish_cut(folder)
     if finished and resume:
         raise AlreadyDone("publishing was interrupted; now all shards are in place")
     found = objects_at(output)
@@ -122,7 +123,7 @@ def begin(
         if resume:
             warn("nothing to resume; packing all shards")
         _claim(output, stream.getvalue(), run)
-    return f"{output}/.webdataset-{run}", plan, -1
+    return folder, plan, -1
 
 
 def _claim(output: str, data: bytes, run: str) -> None:
@@ -283,7 +284,7 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
         check_own(folder)
         name = f"{shard_id}-{_version(found.meta)}-{new.stamp}-{run}"
         with saying(url):
-            obstore.put(store, f"{_records_of(folder)}/{name}", b"")
+            obstore.put(store, f"{_records_of(folder)[1]}/{name}", b"")
 
 
 @functools.lru_cache(maxsize=1)
@@ -406,10 +407,10 @@ def _version(item: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _records_of(folder: str) -> str:
-    """Return where the records of a run's samples are: the key of a prefix."""
+def _records_of(folder: str) -> tuple[Any, str]:
+    """Return where the records of a run's samples are: the store, and a prefix of keys."""
     output, _ = _split_run(folder)
-    return _place(output, f"{PACKED}/{_digest(folder)}")[1]
+    return _place(output, f"{PACKED}/{_digest(folder)}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -424,9 +425,9 @@ def _records(folder: str) -> dict[int, list[Record]]:
     """Return the records of a run's samples: number of the shard -> them."""
     found: dict[int, list[Record]] = {}
     output, _ = _split_run(folder)
-    store, _ = _place(output, PLAN)
+    store, prefix = _records_of(folder)
     with saying(output):
-        for item in obstore.list(store, _records_of(folder)).collect():
+        for item in obstore.list(store, prefix).collect():
             if match := _RECORD.fullmatch(item["path"].rpartition("/")[2]):
                 record = Record(item["path"], match[2], match[3], match[4])
                 found.setdefault(int(match[1]), []).append(record)

@@ -36,9 +36,20 @@ def mark(size: int, etag: str | None) -> str:
     return f"{size}.{hashlib.blake2b((etag or '').encode(), digest_size=4).hexdigest()}"
 
 
+def _read_mark(version: str) -> tuple[int, int]:
+    """Return the size in a mark, and the hash as a number."""
+    size, _, tag = version.partition(".")
+    return int(size), int(tag, 16)
+
+
+def _sizes(samples: Iterable[Sample]) -> Iterator[int]:
+    """Yield the size of each file of these samples."""
+    return (int(part.partition(".")[0]) for s in samples for part in s.listed.split(" "))
+
+
 def listed_bytes(samples: Iterable[Sample]) -> int:
     """Return the bytes that fetching all files of these samples takes."""
-    return sum(int(part.partition(".")[0]) for s in samples for part in s.listed.split(" "))
+    return sum(_sizes(samples))
 
 
 def list_files(scan: Scan) -> None:
@@ -107,8 +118,7 @@ def read_batches(
 
 def _weigh(samples: Sequence[Sample]) -> int:
     """Return the bytes that samples hold once they are read, and no less than for `AHEAD`."""
-    sizes = (int(part.partition(".")[0]) for s in samples for part in s.listed.split(" "))
-    return max(AHEAD_BYTES // AHEAD, sum(size for size in sizes if size <= WHOLE_SIZE))
+    return max(AHEAD_BYTES // AHEAD, sum(size for size in _sizes(samples) if size <= WHOLE_SIZE))
 
 
 def _read_batch(source: str, samples: Sequence[Sample]) -> Batch:
@@ -117,11 +127,11 @@ def _read_batch(source: str, samples: Sequence[Sample]) -> Batch:
     for sample in samples:
         batch.names.extend(sample.members())
         for path, version in zip(sample.files(), sample.listed.split(" "), strict=True):
-            size, _, tag = version.partition(".")
-            large = int(size) > WHOLE_SIZE
+            size, tag = _read_mark(version)
             url = f"{source}/{path}"
+            large = size > WHOLE_SIZE
             batch.contents.append(LargeObject(url, version) if large else _read(url, version))
-            batch.stamps.extend((int(size), int(tag, 16)))
+            batch.stamps.extend((size, tag))
     return batch
 
 
@@ -149,7 +159,7 @@ class LargeObject:
     def __init__(self, url: str, version: str) -> None:
         self.url = url
         self.version = version
-        self.size = int(version.partition(".")[0])
+        self.size, _ = _read_mark(version)
 
     def pieces(self, buffer: memoryview) -> Iterator[memoryview]:  # noqa: ARG002
         """Yield the content, range by range."""
@@ -172,14 +182,13 @@ def stamp_of(source: str | os.PathLike[str], samples: Iterable[Sample]) -> str: 
     seen = new_stamp()
     for sample in samples:
         for version in sample.listed.split(" "):
-            size, _, tag = version.partition(".")
-            seen.update(STAMP % (int(size), int(tag, 16)))
+            seen.update(STAMP % _read_mark(version))
     return str(seen.hexdigest())
 
 
 @contextlib.contextmanager
 def open_file(source: str | os.PathLike[str], path: str) -> Iterator[tuple[BinaryIO, int]]:
     """Open one object, of any size; give the stream and its size."""
-    raw: Any = Ranges(f"{os.fspath(source).rstrip('/')}/{path}")
+    raw: Any = Ranges(f"{os.fspath(source)}/{path}")
     with io.BufferedReader(raw, 1 << 20) as stream:
         yield stream, raw.size
