@@ -317,22 +317,18 @@ class Ranges(io.RawIOBase):
         return self.chunk[self.place - self.begin :] if self.place < self.size else memoryview(b"")
 
     def load(self) -> None:
-        """Let the chunk be one that holds the present place."""
-        gap = self.place - (self.begin + len(self.chunk))
+        """Make the chunk one that holds the present place."""
+        onward = 0 <= self.place - (self.begin + len(self.chunk)) < NEAR
+        self.length = min(4 * self.length, LARGEST_RANGE) if onward else self.first
         ahead, self.next = self.next, None
-        begin = self.place
-        self.length = min(4 * self.length, LARGEST_RANGE) if 0 <= gap < NEAR else self.first
+        begin, chunk = self.place, memoryview(b"")
         if ahead and ahead[0] <= self.place:
-            chunk = ahead[1].result()
-            if self.place < ahead[0] + len(chunk):
-                begin = ahead[0]
-            else:
-                chunk = self.fetch(begin, self.length)
-        else:
-            chunk = self.fetch(begin, self.length)
+            begin, chunk = ahead[0], ahead[1].result()
+        if self.place >= begin + len(chunk):
+            begin, chunk = self.place, self.fetch(self.place, self.length)
         self.begin, self.chunk = begin, chunk
         end = begin + len(chunk)
-        if end < self.size and 0 <= gap < NEAR:
+        if onward and end < self.size:
             self.pool = self.pool or ThreadPoolExecutor(1)
             self.next = end, self.pool.submit(self.fetch, end, self.length)
 
