@@ -20,7 +20,6 @@ import hashlib
 import io
 import re
 import secrets
-import time
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -106,9 +105,8 @@ def begin(
         if not isinstance(before, Plan):
             raise PackError(f"{output!r}: another run is just being published there")
         if not resume:
-            begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(before.started))
             raise PackError(
-                f"{output!r}: a run of {before.host} that began at {begun} has not ended; "
+                f"{output!r}: a run of {before.host} that began at {before.begun} has not ended; "
                 "if it is dead, run the same command with --resume"
             )
         same_samples(before, plan)  # which says so if they are others

@@ -166,10 +166,9 @@ def _take_over(folder: str, plan: Plan, resume: bool) -> None:
         if resume and not taken and same_samples(before, plan):
             taken = old
         elif before.driver is None:
-            begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(before.started))
             raise PackError(
-                f"{old!r} holds an array job that {before.host} started at {begun}; publish it, "
-                "go on with --resume and the same flags, or remove that folder"
+                f"{old!r} holds an array job that {before.host} started at {before.begun}; "
+                "publish it, go on with --resume and the same flags, or remove that folder"
             )
     if taken:
         remove_leftovers(taken)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
@@ -39,6 +40,11 @@ class Plan(NamedTuple):
     run: str = ""  # in a bucket, the id of the run
     source_bytes: int = 0  # that must be fetched: of a bucket, of all samples
     digest: str = _NO_DIGEST  # of the samples, as they are dealt
+
+    @property
+    def begun(self) -> str:
+        """When the run began, for a message."""
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.started))
 
 
 def dump_plan(stream: BinaryIO, plan: Plan, samples: Sequence[Sample]) -> Plan:
