@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def every(args: argparse.Namespace, total_shards: int) -> range:
+def chosen_shards(args: argparse.Namespace, total_shards: int) -> range:
     """Return the shard ids that --shard-id and --shard-step choose."""
     return range(args.shard_id, total_shards, args.shard_step or total_shards)
 
@@ -131,7 +131,7 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     check_shard_numbers(total, len(listing.samples), args.shard_id)
     where = output_at(args.output)
     where.check_output(args.output, listing)
-    shard_ids = every(args, total)
+    shard_ids = chosen_shards(args, total)
     shards = {shard_id: deal(listing.samples, shard_id, total) for shard_id in shard_ids}
     where.prepare(args.output, shard_ids)
 
@@ -154,7 +154,7 @@ def prepare_staged(args: argparse.Namespace) -> tuple[range, int, PackShard]:
         sys.argv[0] = "run_parallel.sh"  # this is a step of it, and so it signs the errors
     total, parent = run.plan.total_shards, os.getppid()  # the driver, or an interpreter's wrapper
     check_shard_numbers(total, run.plan.total_samples, args.shard_id)
-    shard_ids = every(args, total)
+    shard_ids = chosen_shards(args, total)
 
     def pack(shard_id: int, progress: Progress) -> Callable[[], Shard]:
         runs.check_driver(run, parent)

@@ -159,14 +159,14 @@ def connect(address: str | None, num_workers: int | None) -> int:
     return num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def what_hinders(folder: str) -> str:
+def node_problem(folder: str) -> str:
     """Return why this node cannot read the source, or write what it packs of a run; or nothing."""
     where = output_at(folder)
     try:
         source = where.read_plan(folder).source
         ((sample, *_),) = where.read_shards(folder, [0])
         with source_at(source).open_file(source, sample.files()[0]):
-            return "" if where.sees(folder) else f"{folder!r} may not be written"
+            return "" if where.may_write(folder) else f"{folder!r} may not be written"
     except (OSError, InputError, PackError) as error:
         return explain(error)
 
@@ -176,24 +176,24 @@ def check_nodes(run: Run, signals: Signals) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    asked, hindered = {}, {}
+    asked, problems = {}, {}
     for node in ray.nodes():
         if node["Alive"] and node["Resources"].get("CPU"):
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(what_hinders).options(num_cpus=0, scheduling_strategy=here)
+            task = ray.remote(node_problem).options(num_cpus=0, scheduling_strategy=here)
             asked[task.remote(run.folder)] = node["NodeManagerAddress"]
     while asked:
         for done in signals.wait(asked):
             name = asked.pop(done)
             try:
                 if reason := ray.get(done):
-                    hindered[name] = reason
+                    problems[name] = reason
             except ray.exceptions.RayError as error:
                 raise PackError(f"node {name} cannot run tasks: {explain(error)}") from None
-    if hindered:
+    if problems:
         raise PackError(
-            f"nodes {', '.join(sorted(hindered))} do not see the files that this machine sees "
-            f"({min(hindered.values())}): --source and --output must be on storage that all nodes "
+            f"nodes {', '.join(sorted(problems))} do not see the files that this machine sees "
+            f"({min(problems.values())}): --source and --output must be on storage that all nodes "
             "share, under the same path, and can write, or in buckets of which each node has "
             "credentials"
         )

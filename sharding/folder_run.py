@@ -265,7 +265,7 @@ def kept_shards(staging: str) -> list[int]:
     return [shard_id for shard_id, paths in staged if os.stat(paths[0]).st_mtime_ns < began]
 
 
-def sees(folder: str) -> bool:
+def may_write(folder: str) -> bool:
     """Tell whether shards of a run can be written from here."""
     return os.access(folder, os.W_OK)
 

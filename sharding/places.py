@@ -114,8 +114,8 @@ class Output(Protocol):
     def lock_output(self, output: str) -> int:
         """Take the lock of an output for publishing; return what holds it, or -1."""
 
-    def sees(self, folder: str) -> bool:
-        """Tell whether shards of a run can be written from here."""
+    def may_write(self, folder: str) -> bool:
+        """Tell whether shards of a run may be written from here, as far as that can be told."""
 
 
 class Source(Protocol):

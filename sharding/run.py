@@ -148,7 +148,7 @@ def finish(run: Run) -> str:
     plan, where = run.plan, output_at(run.folder)
     remote = is_url(plan.source) or is_url(run.folder)
     kept = where.kept_shards(run.folder) if remote else []
-    moved = _fetched(run, kept)
+    traffic = _fetched(run, kept)
     # To stop now would leave neither the old dataset nor the new one.
     handlers = [signal.signal(number, signal.SIG_IGN) for number in STOPPING]
     try:
@@ -158,12 +158,12 @@ def finish(run: Run) -> str:
             signal.signal(number, handler)
     if is_url(run.folder):
         sent = sum(sizes) - sum(sizes[shard_id] for shard_id in kept)
-        moved = f"; {sent:,} bytes up{moved}"
+        traffic = f"; {sent:,} bytes up{traffic}"
     return (
         f"{count(plan.total_samples, 'sample')} in {count(len(sizes), 'shard')}, "
         f"{sum(sizes):,} bytes "
         f"(mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
-        f"in {time.time() - plan.started:.1f} s{moved}"
+        f"in {time.time() - plan.started:.1f} s{traffic}"
         f"{left_out('ignored', plan.ignored)}{left_out('skipped', plan.skipped)}"
     )
 

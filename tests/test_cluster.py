@@ -141,7 +141,7 @@ def test_which_errors_are_hiccups(number: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_paths_that_nodes_do_not_share(source, cluster, tmp_path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(create_with_ray, "what_hinders", lambda _: "gone")
+    monkeypatch.setattr(create_with_ray, "node_problem", lambda _: "gone")
     assert pack(source, tmp_path / "o", cluster) == 1
     err = capfd.readouterr().err
     assert "must be on storage that all nodes share" in err and err.count("\n") == 1
