@@ -44,7 +44,7 @@ EXAMPLES = """examples:
       --shard-step 8
 """
 STORING = 2  # shards that are stored while the next one is packed
-PackShard = Callable[[int, Progress], Callable[[], Shard]]  # returns the last step: begin_shard
+PackShard = Callable[[int, Progress], Callable[[], Shard]]  # returns its last step; see begin_shard
 
 
 def create_webdataset(
@@ -65,7 +65,7 @@ def create_webdataset(
 
     Args:
         source, fields, optional_fields, replace_dots, skip_bad, shuffle: see `list_samples`.
-        output: the folder for the shard, made when it is missing.
+        output: the folder for the shard, made if missing.
         shard_id, total_shards: which shard to pack, 0 <= shard_id < total_shards.
         progress: called with the number of samples that have just been packed.
 
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--output",
         metavar="DIR",
-        help="folder (made when it is missing) or s3:// URL for the shards",
+        help="folder (made if missing) or s3:// URL for the shards",
     )
     add("--shard-id", metavar="I", type=int, help="the shard to pack, from 0")
     number = number_from(1, MAX_SHARDS)
@@ -151,7 +151,7 @@ def prepare_staged(args: argparse.Namespace) -> tuple[range, int, PackShard]:
             raise InputError(f"{message}: leave out {argument(name)}")
     run = runs.load(args.run)
     if run.plan.driver is not None:
-        sys.argv[0] = "run_parallel.sh"  # this is a step of it, and so it signs the errors
+        sys.argv[0] = "run_parallel.sh"  # this is a step of that script: its name begins the errors
     total, parent = run.plan.total_shards, os.getppid()  # the driver, or an interpreter's wrapper
     check_shard_numbers(total, run.plan.total_samples, args.shard_id)
     shard_ids = chosen_shards(args, total)
@@ -169,7 +169,7 @@ def _raise(error: Exception) -> Shard:
 
 
 def _finish(begun: tuple[int, Callable[[], Shard]]) -> tuple[int, Shard | Exception]:
-    """Do the last step of a shard; return its number, and what came of it."""
+    """Do the last step of a shard; return its number, and the shard or what went wrong."""
     shard_id, finish = begun
     try:
         return shard_id, finish()
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
     if any(path and is_url(path) for path in (args.source, args.output, args.run)):
-        with plain_interrupt():  # which a request that waits for its answer would not notice
+        with plain_interrupt():  # a request that waits for its answer would not notice Ctrl-C
             return pack_all(args)
     return pack_all(args)
 

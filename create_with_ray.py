@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line of this script."""
     parser = driver_parser("python create_with_ray.py", __doc__ or "", EXAMPLE)
     add = parser.add_argument_group("an existing cluster").add_argument
-    what = "HOST:PORT, auto, or local for an own one (default: $RAY_ADDRESS, else local)"
+    what = "HOST:PORT, auto, or local to start one (default: $RAY_ADDRESS, else local)"
     add("--address", metavar="A", help=what)
     return parser
 
@@ -112,7 +112,7 @@ def find_address(args: argparse.Namespace) -> str | None:
 
 
 def check_address(address: str) -> None:
-    """Refuse an address where nothing answers; Ray itself would knock for many minutes."""
+    """Refuse an address where nothing answers; Ray itself would keep trying for many minutes."""
     try:
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -160,7 +160,7 @@ def connect(address: str | None, num_workers: int | None) -> int:
 
 
 def node_problem(folder: str) -> str:
-    """Return why this node cannot read the source, or write what it packs of a run; or nothing."""
+    """Return what keeps this node from reading the source or writing shards, if anything."""
     where = output_at(folder)
     try:
         source = where.read_plan(folder).source
@@ -194,7 +194,7 @@ def check_nodes(run: Run, signals: Signals) -> None:
         raise PackError(
             f"nodes {', '.join(sorted(problems))} do not see the files that this machine sees "
             f"({min(problems.values())}): --source and --output must be on storage that all nodes "
-            "share, under the same path, and can write, or in buckets of which each node has "
+            "share under the same path and can write, or in buckets for which each node has "
             "credentials"
         )
 
@@ -204,7 +204,7 @@ def pack_on_node(folder: str, shard_id: int) -> Shard:
 
     Raises:
         Hiccup: the storage failed in a way that may pass; Ray tries again.
-        PackError: anything else; to try again would not help.
+        PackError: anything else; trying again would not help.
     """
     try:
         return pack(load(folder), shard_id)

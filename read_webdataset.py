@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
     if is_url(args.path, "path") or is_url(args.source or "", "source"):
-        with plain_interrupt():  # which a request that waits for its answer would not notice
+        with plain_interrupt():  # a request that waits for its answer would not notice Ctrl-C
             return check(args)
     return check(args)
 

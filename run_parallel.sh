@@ -47,7 +47,7 @@ done
 for ((i = 0; i < workers; i++)); do
   code=0
   wait "${pids[i]}" || code=$?
-  ((code < 2)) || # with code 1 it has said itself what failed
+  ((code < 2)) || # with code 1, the worker has said what failed
     echo "run_parallel.sh: worker $i ended with exit code $code" >&2
 done
 

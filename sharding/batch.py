@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sharding.archive import Pieces
 
 CHANGED = "changed while it was packed; run again once it no longer changes"
-STAMP = b"%d %d "  # size and time, or another mark, of a file
+STAMP = b"%d %d "  # of a file: see Batch.stamps
 
 
 class Batch(NamedTuple):
@@ -23,9 +23,7 @@ class Batch(NamedTuple):
     samples: int
     names: list[str]
     contents: list[bytes | Pieces]
-    stamps: list[
-        int
-    ]  # size and time of each file, or another mark that differs from a later version's
+    stamps: list[int]  # two for each file: its size, and its time or the hash of its etag
 
     def stamp(self) -> bytes:
         """Return the stamps of all files, one after the other."""
@@ -44,10 +42,10 @@ def in_order(
     ahead: int,
     weigh: Callable[[Any], int] = lambda _: 1,
 ) -> Iterator[Any]:
-    """Yield work(task) for each task, in order, with few begun that were not yielded yet.
+    """Yield work(task) for each task, in order, while the pool works on those that follow.
 
     Args:
-        ahead: so many of them, or so much of their weight.
+        ahead: the most tasks, or the most weight, that is begun and not yielded yet.
     """
     begun: deque[tuple[Future[Any], int]] = deque()
     weight = 0

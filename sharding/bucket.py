@@ -67,7 +67,7 @@ def objects_at(url: str) -> dict[str, Any]:
 
 
 def identify(shards: Sequence[str]) -> Any:
-    """Return what tells these shards from others that take their places."""
+    """Return what distinguishes these shards from others that replace them."""
     return apart("bucket", "etags", list(shards))
 
 
@@ -86,7 +86,7 @@ def etags(urls: Iterable[str]) -> list[str | None]:
 @contextlib.contextmanager
 def open_shard(path: str, buffering: int = 1 << 20) -> Iterator[tuple[BinaryIO, int]]:
     """Open a shard; give the stream and its size."""
-    # Who reads much at a time reads all: no need to begin with small ranges.
+    # A large buffer means that all is read: no need to begin with small ranges.
     raw = Ranges(path, first=LARGEST_RANGE if buffering >= 64 << 10 else FIRST_RANGE)
     with io.BufferedReader(raw, max(buffering, 4 << 10)) as stream:
         yield stream, raw.size

@@ -125,7 +125,7 @@ def begin(
 
 
 def _claim(output: str, data: bytes, run: str) -> None:
-    """Create the plan, if there is none, in a store that looks whether there is one."""
+    """Create the plan if there is none; refuse a store that would overwrite one."""
     store, key = _place(output, PLAN)
     with saying(output):
         try:
@@ -146,7 +146,7 @@ def _claim(output: str, data: bytes, run: str) -> None:
 
 
 def _swap(output: str, data: bytes, etag: str | None, run: str) -> bool:
-    """Put data of a run in the place of the plan, if that is still of this etag."""
+    """Replace the plan by data of a run if it still has this etag; tell whether it had."""
     store, key = _place(output, PLAN)
     with saying(output):
         try:
@@ -197,7 +197,7 @@ def read_plan(folder: str) -> Plan:
 
 @functools.lru_cache(maxsize=4)
 def _own(folder: str) -> tuple[Plan, str | None]:
-    """Return the plan of a run, and its etag, which is that of no other run's."""
+    """Return the plan of a run, and its etag, which no other run's plan has."""
     output, run = _split_run(folder)
     plan, etag = _read_plan(output)
     if not isinstance(plan, Plan) or plan.run != run:
@@ -241,7 +241,7 @@ class _Upload(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        """Take a copy of these bytes: obstore makes none, and their owner uses the buffer again."""
+        """Pass on a copy of these bytes: obstore makes none, and the caller reuses its buffer."""
         self.size += len(data)
         if self.size > MAX_PARTS * PART_SIZE:
             raise PackError(f"{self.url!r}: larger than an upload can be; use more shards")
@@ -266,15 +266,15 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
         yield new
         if of_run:
             with saying(url, also=OSError):
-                writer.flush()  # so that there is little to do after we have looked
+                writer.flush()  # so that little is left to do after the look at the plan
             check_own(folder)
     except BaseException as error:
-        with contextlib.suppress(Exception):  # what went wrong counts, not how it was given up
+        with contextlib.suppress(Exception):  # the first error is the one to report
             writer.__exit__(type(error), error, None)
         raise
     with saying(url, also=OSError):
         writer.close()
-        found = obstore.get(store, key, options={"head": True})  # the writer tells no etag
+        found = obstore.get(store, key, options={"head": True})  # the writer gives no etag
     if found.attributes.get("run") != run or found.meta["size"] != upload.size:
         raise PackError(f"{url!r}: another run has replaced it; run again with --resume")
     new.path, new.size = url, upload.size
@@ -369,7 +369,7 @@ def lock_output(output: str) -> int:  # noqa: ARG001
 
 
 def may_write(folder: str) -> bool:  # noqa: ARG001
-    """Tell nothing: a store says it when it is sent a shard."""
+    """Return True: only an upload would tell."""
     return True
 
 

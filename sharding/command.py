@@ -88,7 +88,7 @@ def driver_parser(command: str, purpose: str, example: str = "") -> argparse.Arg
     add(
         "--output",
         metavar="DIR",
-        help="folder (made when it is missing) or s3:// URL for the shards",
+        help="folder (made if missing) or s3:// URL for the shards",
     )
     add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
     add = parser.add_argument_group("the work").add_argument
@@ -148,7 +148,7 @@ def drop_output() -> None:
 
 @contextlib.contextmanager
 def plain_interrupt() -> Iterator[None]:
-    """Let Ctrl-C end the process at once while large modules are imported; some swallow it."""
+    """Let Ctrl-C end the process at once: some imports swallow it, and requests wait on."""
     handler = signal.getsignal(signal.SIGINT)
     ours = handler is signal.default_int_handler
     if ours:

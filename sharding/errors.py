@@ -29,7 +29,7 @@ class PackError(_Error, RuntimeError):
 
 
 class StopRun(PackError):
-    """Work that failed in a way that the rest of it would fail, too."""
+    """Work that failed for a reason that would fail the rest of it, too."""
 
 
 class AlreadyDone(Exception):

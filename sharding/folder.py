@@ -89,7 +89,7 @@ def _chosen_shards(path: str, chosen: Sequence[str]) -> list[str]:
 
 
 def identify(shards: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Return what tells these shards from others that take their places."""
+    """Return what distinguishes these shards from others that replace them."""
     return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
 
 

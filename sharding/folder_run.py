@@ -230,9 +230,9 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
 
 @functools.lru_cache(maxsize=1)
 def left_shards(folder: str) -> dict[int, list[str]]:
-    """Return what an interrupted run had finished; read once in a process.
+    """Return what an interrupted run had finished.
 
-    For what is packed meanwhile is no such thing.
+    Read once in a process, before this run adds shards of its own.
     """
     return staged_shards(folder)
 
@@ -374,7 +374,7 @@ def _move_staging(staging: str) -> str:
 
 
 def _remove_staging(staging: str) -> None:
-    """Remove a staging folder; as soon as it has another name, it is none any more."""
+    """Remove a staging folder; once it is renamed, nobody takes it for one."""
     gone = os.path.join(os.path.dirname(staging), GONE + secrets.token_hex(8))
     os.rename(staging, gone)
     shutil.rmtree(gone)

@@ -100,7 +100,7 @@ def list_files(scan: Scan) -> None:
 
 
 def may_read(source: str, paths: list[str]) -> bool:  # noqa: ARG001
-    """Tell nothing: a store says it when it is asked for an object."""
+    """Return True: only a request for an object would tell."""
     return True
 
 

@@ -22,14 +22,14 @@ def begin_shard(
     progress: Progress | None = None,
     staged: bool = False,
 ) -> Callable[[], Shard]:
-    """Write one tar of these samples, all but the last step, which the returned call does.
+    """Write one tar of these samples, and return a function that does the last step.
 
-    That stores the shard and gives it its name. To wait until a disk or a store has done it takes
-    about as long as to pack a small shard, so another thread can do it meanwhile.
+    That step stores the shard and gives it its name. It waits for a disk or a store about as long
+    as it takes to pack a small shard, so another thread can do it while the next one is packed.
 
     Args:
-        folder: where the shard goes; of a run, if it is
-        staged: to wait there until all shards are finished, under the stamp of its files.
+        folder: where the shard goes: an output, or the folder of a run.
+        staged: it is the folder of a run, where the shard waits under the stamp of its files.
 
     Raises:
         PackError, OSError: packing failed, now or in the last step; no shard appeared.

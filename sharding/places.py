@@ -32,7 +32,7 @@ class Dataset(Protocol):
         """
 
     def identify(self, shards: list[str]) -> object:
-        """Return what tells these shards from others that take their places."""
+        """Return what distinguishes these shards from others that replace them."""
 
     def open_shard(
         self, path: str, buffering: int = ...
@@ -83,13 +83,13 @@ class Output(Protocol):
         """Return the plan of a run."""
 
     def read_shards(self, folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
-        """Yield the samples of shards of a run."""
+        """Yield the samples of each of these shards of a run."""
 
     def left_shards(self, folder: str) -> Mapping[int, Sequence[object]]:
         """Return what an interrupted run had finished: by the number of the shard."""
 
     def find_kept(self, folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
-        """Return path and size of such a shard, if it is of this stamp; older ones are dropped."""
+        """Return path and size of one of these, if it has this stamp; delete its other versions."""
 
     def new_shard(self, folder: str, shard_id: int) -> AbstractContextManager[NewShard]:
         """Write a shard: it appears when the context ends, whole, or not at all.
@@ -154,7 +154,7 @@ class Source(Protocol):
 
 
 def dataset_at(path: str | os.PathLike[str]) -> Dataset:
-    """Return what finds and opens shards there."""
+    """Return the module that finds and opens shards there."""
     if is_url(path, "path"):
         from sharding import bucket
 
@@ -165,7 +165,7 @@ def dataset_at(path: str | os.PathLike[str]) -> Dataset:
 
 
 def source_at(path: str | os.PathLike[str]) -> Source:
-    """Return what lists and reads a source there."""
+    """Return the module that lists and reads a source there."""
     if is_url(path, "source"):
         from sharding import objects
 
@@ -176,7 +176,7 @@ def source_at(path: str | os.PathLike[str]) -> Source:
 
 
 def output_at(path: str | os.PathLike[str]) -> Output:
-    """Return what writes shards there."""
+    """Return the module that writes shards there."""
     if is_url(path, "output"):
         from sharding import bucket_run
 

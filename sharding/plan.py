@@ -74,7 +74,7 @@ def load_plan(stream: BinaryIO, name: str, remove: str = _REMOVE) -> Plan:
 
     Args:
         name: of the plan, for errors.
-        remove: what to remove to give up its run.
+        remove: what to remove to give up the run.
 
     Raises:
         PackError: it is damaged.

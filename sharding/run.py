@@ -51,7 +51,7 @@ def start(
 
     Args:
         listing: what is packed.
-        output: the folder for the shards, made when it is missing.
+        output: the folder for the shards, made if missing.
         total_shards: number of shards, or
         samples_per_shard: the most samples that a shard gets.
         resume: keep the shards that an interrupted run of the same samples had finished.
@@ -105,7 +105,7 @@ def pack(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
 
 
 def begin_pack(run: Run, shard_id: int, progress: Progress | None = None) -> Callable[[], Shard]:
-    """Do all of `pack` but the last step, which the returned call does: see `begin_shard`."""
+    """Do all of `pack` but its last step, and return a function that does it; see `begin_shard`."""
     where, source = output_at(run.folder), run.plan.source
     (samples,) = where.read_shards(run.folder, [shard_id])
     how = "created"

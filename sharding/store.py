@@ -31,8 +31,8 @@ from sharding.shards import REPLACED
 T = TypeVar("T")
 FIRST_RANGE, LARGEST_RANGE = 256 << 10, 8 << 20  # bytes that a request asks for
 NEAR = 2 << 20  # bytes; to read on that far takes no longer than a new request
-# Seconds: for a request with its body, for retries, and for both with the first one to a bucket.
-REQUEST_TIME, RETRY_TIME, PATIENCE = 60, 120, 20
+# Seconds: for a request with its body, for its retries, and for each of the two in a first probe.
+REQUEST_TIME, RETRY_TIME, PROBE_TIME = 60, 120, 20
 # Where credentials come from, if not from a profile or from the machine's role.
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
 _SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -82,7 +82,7 @@ def connect(bucket: str, patient: bool = True) -> S3Store:
     global _used_by
     if _used_by not in (None, os.getpid()):
         raise PackError(
-            "a process that was forked from one that has read from a bucket cannot read from it; "
+            "this process was forked from one that had used a bucket, so it cannot use any; "
             'start workers anew: DataLoader(..., multiprocessing_context="spawn")'
         )
     _used_by = os.getpid()
@@ -99,9 +99,9 @@ def _connect(bucket: str, patient: bool) -> S3Store:
         options["credential_provider"] = provider
     elif not os.environ.get("AWS_REGION"):
         options["region"] = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
-    client: Any = {"connect_timeout": "5s", "timeout": f"{REQUEST_TIME if patient else PATIENCE}s"}
-    client["allow_http"] = endpoint.startswith("http:")
-    retry: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=PATIENCE)}
+    client: Any = {"connect_timeout": "5s", "allow_http": endpoint.startswith("http:")}
+    client["timeout"] = f"{REQUEST_TIME if patient else PROBE_TIME}s"
+    retry: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=PROBE_TIME)}
     if patient:  # obstore's own ten retries are over in a few seconds
         backoff = {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=10)}
         retry = {"max_retries": 1_000, "retry_timeout": timedelta(seconds=RETRY_TIME)}
@@ -119,7 +119,7 @@ def _endpoint() -> str:
     """Return where the store is, if it is not Amazon's.
 
     Raises:
-        InputError: that is no place; obstore itself would panic.
+        InputError: it is no URL; obstore itself would panic.
     """
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         endpoint = os.environ.get(name, "")
@@ -160,10 +160,10 @@ def saying(
 ) -> Iterator[None]:
     """Turn what goes wrong with a store into an error of one line that names the URL.
 
-    obstore's own text goes on with all that it knows of the request; here it never appears.
+    obstore's own text goes on to describe the whole request; that never appears here.
 
     Args:
-        kind: of the error; one that ends the whole run if the store does not answer at all.
+        kind: of the error; `PackError` becomes `StopRun` if the store does not answer at all.
         also: another error that is the store's: a writer of obstore's raises OSError.
     """
     try:
@@ -189,7 +189,7 @@ def insist(url: str, call: Callable[[], T]) -> T:
 
 
 def _reason(text: str) -> tuple[str, bool]:
-    """Return what a text of obstore's says, and whether it says that the store is not there."""
+    """Return what an error text of obstore's means, and whether the store gave no answer."""
     code = re.search("<Code>(\\w+)</Code>", text)
     status = re.search(r"status code: (\d+)[\w ]*", text)
     if "169.254.169.254" in text or "CredentialsError" in text:
@@ -228,7 +228,7 @@ def check_bucket(url: str) -> None:
 def apart(module: str, function: str, *arguments: Any) -> Any:
     """Return what a function of this folder returns, called in a process of its own.
 
-    Whoever uses obstore can fork no more, and a training forks its workers.
+    A process that has used obstore must not fork, and a training forks its workers.
     """
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     code = "import sys; sys.path.insert(0, sys.argv[1]); from sharding.store import _answer; "

@@ -84,7 +84,7 @@ def count_samples(path: str | os.PathLike[str]) -> int:
         InputError: there are no shards.
         PackError: a shard is damaged.
     """
-    if is_url(path):  # whoever counts here can fork no more
+    if is_url(path):  # a process that has used obstore must not fork
         from sharding.store import apart
 
         return int(apart("training", "count_in_bucket", os.fspath(path)))

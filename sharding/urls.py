@@ -1,4 +1,4 @@
-"""Which paths are URLs; no other module looks at "://"."""
+"""Which paths are URLs; no other module looks for "://" in a path."""
 
 from __future__ import annotations
 
