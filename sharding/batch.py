@@ -30,7 +30,7 @@ class Batch(NamedTuple):
         return STAMP * len(self.names) % tuple(self.stamps)
 
 
-def new_stamp() -> Any:
+def new_stamp() -> hashlib.blake2b:
     """Return the hash object that takes the stamps of a shard's files, in order."""
     return hashlib.blake2b(digest_size=16)
 

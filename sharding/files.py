@@ -149,7 +149,7 @@ def stamp_of(source: str | os.PathLike[str], samples: Iterable[Sample]) -> str:
         for path in sample.files():
             status = os.stat(os.path.join(source, path))
             seen.update(STAMP % (status.st_size, status.st_mtime_ns))
-    return str(seen.hexdigest())
+    return seen.hexdigest()
 
 
 def read_batches(

@@ -183,7 +183,7 @@ def stamp_of(source: str | os.PathLike[str], samples: Iterable[Sample]) -> str: 
     for sample in samples:
         for version in sample.listed.split(" "):
             seen.update(STAMP % _read_mark(version))
-    return str(seen.hexdigest())
+    return seen.hexdigest()
 
 
 @contextlib.contextmanager

@@ -87,4 +87,4 @@ def write_samples(
             seen.update(batch.stamp())
             if progress:
                 progress(batch.samples)
-    return str(seen.hexdigest())
+    return seen.hexdigest()
