@@ -89,8 +89,7 @@ def publish_run(argv: Sequence[str]) -> int:
     folder = canonical(args.run)
     where = output_at(folder)
     if where.finish_cut(folder):
-        print("publishing was interrupted; now all shards are in place")
-        return 0
+        raise AlreadyDone
     run = load(folder)
     if run.plan.driver is None:
         where.lock_output(run.output)

@@ -98,7 +98,7 @@ def begin(
     plan = dump_plan(stream, plan._replace(run=run), samples)
     finished = finish_cut(folder)
     if finished and resume:
-        raise AlreadyDone("publishing was interrupted; now all shards are in place")
+        raise AlreadyDone
     found = objects_at(output)
     if PLAN in found:
         before, etag = _read_plan(output)

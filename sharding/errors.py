@@ -33,7 +33,10 @@ class StopRun(PackError):
 
 
 class AlreadyDone(Exception):
-    """What was wanted is done, and nothing is left to do. Exit code 0 on a command line."""
+    """An interrupted run has been published, so nothing is left to do. Exit code 0."""
+
+    def __str__(self) -> str:
+        return "publishing was interrupted; now all shards are in place"
 
 
 def argument(name: str) -> str:
