@@ -86,7 +86,9 @@ def create_webdataset(
     where = output_at(output)
     where.check_output(os.fspath(output), listing)
     where.prepare(os.fspath(output), [shard_id])
-    return write_shard(listing.source, samples, output, shard_id, progress)
+    shard = write_shard(listing.source, samples, output, shard_id, progress)
+    where.settle(os.fspath(output))
+    return shard
 
 
 def build_parser() -> argparse.ArgumentParser:

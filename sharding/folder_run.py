@@ -273,6 +273,11 @@ def may_write(folder: str) -> bool:
 # ---------------------------------------------------------------- publishing
 
 
+def count_published(output: str) -> int:
+    """Return how many shards a run would replace."""
+    return sum(1 for name in os.listdir(output) if SHARD_PATTERN.fullmatch(name))
+
+
 def publish(folder: str, plan: Plan) -> list[int]:
     """Put the shards of a run in the place of the previous dataset, and return their sizes."""
     output, staging = os.path.dirname(folder), folder

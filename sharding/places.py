@@ -101,6 +101,9 @@ class Output(Protocol):
     def kept_shards(self, folder: str) -> list[int]:
         """Return which finished shards an earlier run had packed."""
 
+    def count_published(self, output: str) -> int:
+        """Return how many shards a run would replace."""
+
     def publish(self, folder: str, plan: Plan) -> list[int]:
         """Make the shards of a run the dataset; return their sizes in bytes.
 

@@ -149,6 +149,8 @@ def finish(run: Run) -> str:
     remote = is_url(plan.source) or is_url(run.folder)
     kept = where.kept_shards(run.folder) if remote else []
     traffic = _fetched(run, kept)
+    replaced = where.count_published(run.output)
+    instead = f"; in place of {count(replaced, 'shard')} that were there" if replaced else ""
     # To stop now would leave neither the old dataset nor the new one.
     handlers = [signal.signal(number, signal.SIG_IGN) for number in STOPPING]
     try:
@@ -164,6 +166,7 @@ def finish(run: Run) -> str:
         f"{sum(sizes):,} bytes "
         f"(mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
         f"in {time.time() - plan.started:.1f} s{traffic}"
+        f"{instead}"
         f"{left_out('ignored', plan.ignored)}{left_out('skipped', plan.skipped)}"
     )
 

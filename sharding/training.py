@@ -77,14 +77,21 @@ def open_webdataset(
     return open_pipeline(shards, required, optional, decode, shuffle_buffer, seed, handler, even)
 
 
-def count_samples(path: str | os.PathLike[str]) -> int:
+def count_samples(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> int:
     """Return the number of samples in a dataset, from the headers of its shards.
+
+    Args:
+        path: as of `open_webdataset`.
 
     Raises:
         InputError: there are no shards.
         PackError: a shard is damaged.
     """
-    if is_url(path):  # a process that has used obstore must not fork
+    if not isinstance(path, (str, os.PathLike)):
+        return sum(map(count_samples, path))
+    if is_url(path, "path"):  # whoever counts here can fork no more
         from sharding.store import apart
 
         return int(apart("training", "count_in_bucket", os.fspath(path)))
