@@ -92,7 +92,7 @@ def ours_unsynced(task: Task) -> None:
 def listing(task: Task) -> None:
     """List, check and sort, and nothing after it."""
     core()
-    from sharding.samples import list_samples
+    from sharding.listing import list_samples
 
     print("counted", len(list_samples(task.source).samples))
 

@@ -192,7 +192,7 @@ TARGETS = (
     ratio("ray", "create_with_ray.py, 2 workers", EMPTY, "; aim 1.2", most=1.5),
     ratio("ray", "create_with_ray.py, 100k, 1 worker", "create_with_ray.py, 100k, 2 workers"),
     Target("ray: the same, start and stop of Ray taken off", Runs.ray_speed_up),
-    ratio("shards", "run_parallel.sh, 1024 shards", "run_parallel.sh, 4 shards", most=1.5),
+    ratio("shards", "run_parallel.sh, 1024 shards", "run_parallel.sh, 4 shards", most=1.3),
     ratio("shards", "create_with_ray.py, 1024 shards", "create_with_ray.py, 4 shards", most=1.5),
     Target(
         "samples: seconds to list, check and sort a million; aim 4",
