@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding import plan as plans
-from sharding.errors import InputError, PackError, argument, naming, warn
+from sharding.errors import InputError, PackError, argument, count, naming, warn
 from sharding.folder import (
     GONE,
     INTERRUPTED,
@@ -177,6 +177,9 @@ def _take_over(folder: str, plan: Plan, resume: bool) -> None:
         os.rename(taken, folder)  # a late writer of the old run finds its folder gone
     for old in left:
         if old != taken:
+            if staged[old] and not resume:
+                shards = count(staged[old], "finished shard")
+                warn(f"{shards} of an interrupted run removed; --resume would have kept them")
             _remove_staging(old)
 
 
