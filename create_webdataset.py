@@ -7,12 +7,12 @@ processes, on any number of machines, can pack the shards of one dataset side by
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
@@ -43,6 +43,7 @@ EXAMPLES = """examples:
   python create_webdataset.py --source raw --output out --shard-id 0 --total-shards 64 \\
       --shard-step 8
 """
+T = TypeVar("T")
 STORING = 2  # shards that are stored while the next one is packed
 PackShard = Callable[[int, Progress], Callable[[], Shard]]  # returns its last step; see begin_shard
 
@@ -166,15 +167,14 @@ def prepare_staged(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     return shard_ids, sum(len(deal(places, shard_id, total)) for shard_id in shard_ids), pack
 
 
-def _raise(error: Exception) -> Shard:
-    raise error
+def attempt(shard_id: int, step: Callable[[], T]) -> tuple[int, T | Exception]:
+    """Do a step of packing a shard; return its number, and what the step gave or what went wrong.
 
-
-def _finish(begun: tuple[int, Callable[[], Shard]]) -> tuple[int, Shard | Exception]:
-    """Do the last step of a shard; return its number, and the shard or what went wrong."""
-    shard_id, finish = begun
+    Raises:
+        StopRun: the rest would fail, too.
+    """
     try:
-        return shard_id, finish()
+        return shard_id, step()
     except StopRun:
         raise
     except (PackError, OSError) as error:
@@ -186,17 +186,20 @@ def pack_all(args: argparse.Namespace) -> int:
     shard_ids, samples, pack = prepare_direct(args) if args.run is None else prepare_staged(args)
     failed = False
 
-    def begin(shard_id: int) -> tuple[int, Callable[[], Shard]]:
-        try:
-            return shard_id, pack(shard_id, bar.update)
-        except StopRun:
-            raise
-        except (PackError, OSError) as error:
-            return shard_id, functools.partial(_raise, error)
+    def begin(shard_id: int) -> tuple[int, Callable[[], Shard] | Exception]:
+        return attempt(shard_id, lambda: pack(shard_id, bar.update))
+
+    def finish(
+        begun: tuple[int, Callable[[], Shard] | Exception],
+    ) -> tuple[int, Shard | Exception]:
+        shard_id, last_step = begun
+        if isinstance(last_step, Exception):
+            return shard_id, last_step
+        return attempt(shard_id, last_step)
 
     bar = ProgressBar(samples, position=args.shard_id if args.run else 0)
     with bar, ThreadPoolExecutor(STORING) as pool:
-        for shard_id, outcome in in_order(pool, _finish, map(begin, shard_ids), STORING + 1):
+        for shard_id, outcome in in_order(pool, finish, map(begin, shard_ids), STORING + 1):
             if isinstance(outcome, Shard):
                 bar.say(outcome.report(), sys.stdout)
             else:

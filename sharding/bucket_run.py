@@ -205,25 +205,31 @@ def _own(folder: str) -> tuple[Plan, str | None]:
     return plan, etag
 
 
-def check_own(folder: str) -> None:
-    """Raise a PackError if the plan is not that of this run any more."""
+def check_own(folder: str) -> Any:
+    """Return what the store says of the plan of a run.
+
+    Raises:
+        PackError: it is not that of this run any more.
+    """
     output, _ = _split_run(folder)
     store, key = _place(output, PLAN)
     _, own = _own(folder)
     with saying(output):
         try:
-            etag = obstore.head(store, key)["e_tag"]
+            item = obstore.head(store, key)
         except FileNotFoundError:
-            etag = None
-    if not own or etag != own:
+            raise PackError(_gone(folder)) from None
+    if not own or item["e_tag"] != own:
         raise PackError(_gone(folder))
+    return item
 
 
 def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
     """Yield the samples of shards of a run."""
-    check_own(folder)
+    item = check_own(folder)
     output, _ = _split_run(folder)
-    with io.BufferedReader(Ranges(f"{output}/{PLAN}"), 64 << 10) as stream:
+    raw = Ranges(f"{output}/{PLAN}", item["size"], item["e_tag"])
+    with io.BufferedReader(raw, 64 << 10) as stream:
         yield from load_shards(stream, shard_ids, f"{output}/{PLAN}")
 
 

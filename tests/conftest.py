@@ -95,6 +95,20 @@ def run_script(
     )
 
 
+def start_packing(*flags: str | Path) -> subprocess.Popen[str]:
+    """Start run_parallel.sh in a session of its own; return it once it has packed a shard."""
+    process = subprocess.Popen(
+        list(map(str, [ROOT / "run_parallel.sh", *flags])),
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout and process.stdout.readline().startswith("Shard ")
+    return process
+
+
 @pytest.fixture(scope="session")
 def source_1003(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A source of 1,003 pairs that tests only read."""

@@ -24,6 +24,7 @@ from conftest import (
     hashes,
     run_script,
     slow_proxy,
+    start_packing,
     write_pairs,
 )
 
@@ -378,15 +379,7 @@ def test_killed_runs(driver: str, bucket: Bucket, tmp_path: Path) -> None:
 def test_ctrl_c(bucket: Bucket, tmp_path: Path) -> None:
     raw = write_pairs(tmp_path / "raw", 2_000, largest=100_000)
     flags = ["--source", raw, "--output", bucket.url, "--num-shards", "200", "--num-workers", "2"]
-    process = subprocess.Popen(
-        list(map(str, [ROOT / "run_parallel.sh", *flags])),
-        env={**os.environ, "PYTHON": sys.executable},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout and process.stdout.readline().startswith("Shard ")
+    process = start_packing(*flags)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and "--resume" in err and "Traceback" not in err

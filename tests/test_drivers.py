@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, hashes, run_script, write_pairs
+from conftest import ROOT, hashes, run_script, start_packing, write_pairs
 
 import create_with_ray
 from sharding.folder import staging_folders
@@ -406,17 +406,8 @@ def test_a_failed_shard_is_named_and_nothing_is_published(script: str, tmp_path:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_stops_the_workers(sent: signal.Signals, tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 3_000, largest=100_000)
-    command = [ROOT / "run_parallel.sh", "--source", source, "--output", tmp_path / "o"]
-    command += ["--num-shards", "300", "--num-workers", "2"]
-    process = subprocess.Popen(
-        list(map(str, command)),
-        env={**os.environ, "PYTHON": sys.executable},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout and process.stdout.readline().startswith("Shard ")
+    flags = ["--source", source, "--output", tmp_path / "o", "--num-shards", "300"]
+    process = start_packing(*flags, "--num-workers", "2")
     start = time.monotonic()
     process.send_signal(sent)
     _, err = process.communicate(timeout=20)  # ends when the last child has closed its end
