@@ -258,13 +258,14 @@ def test_a_late_upload_is_noticed(large: bool, bucket: Bucket, tmp_path: Path, m
     older, look = start(raw, bucket.url, total=1), bucket_run.check_own
     calls = 0
 
-    def late(folder: str) -> None:
+    def late(folder: str) -> object:
         nonlocal calls
-        look(folder)
+        item = look(folder)
         calls += folder == older.folder
         if calls == 3 and folder == older.folder:  # the last look before its upload is completed
             (raw / "sample-0.txt").write_bytes(b"changed meanwhile")
             packed(raw, bucket.url, resume=True, total=1)
+        return item
 
     monkeypatch.setattr(bucket_run, "check_own", late)
     with pytest.raises(PackError, match="is gone"):
