@@ -108,6 +108,8 @@ def kill_and_resume(
             if match := STAGED_PATTERN.fullmatch(shard):
                 assert value == whole[shard_name(int(match[1]))], "a partial shard"
                 finished += 1
+            elif shard == folder.MARKER:
+                assert interrupted == [name]
             else:
                 assert shard in (PLAN, f"{PLAN}-new") or PARTIAL_PATTERN.fullmatch(shard), shard
 
