@@ -51,8 +51,8 @@ def elsewhere(jobs: list[list[str]], output: Path, other: str) -> list[list[str]
 class Bench:
     """The data, and how each contestant is called on it."""
 
-    def __init__(self, root: Path, scale: float = 1, full: bool = False) -> None:
-        self.root, self.scale, self.full = root, scale, full
+    def __init__(self, root: Path, scale: float = 1) -> None:
+        self.root, self.scale = root, scale
         self.output, self.log = root / "output", root / "log"
         # Peers may have an environment of their own: torch, which some of them bring along, adds
         # seconds to each start of webdataset.
@@ -75,6 +75,23 @@ class Bench:
                 (making / f"sample-{i}.txt").write_text(
                     f"sample {i}".ljust(text - 1) + "\n" if text else ""
                 )
+            making.rename(folder)
+        return str(folder), samples
+
+    def names(self, samples: int) -> tuple[str, int]:
+        """Make names of samples, as links to a few empty files; return their folder as `data`."""
+        samples = max(16, round(samples * self.scale))
+        folder = self.root / f"{samples}-names"
+        if not folder.exists():
+            making = folder.with_suffix(".making")
+            shutil.rmtree(making, ignore_errors=True)
+            for i in tqdm(range(samples), desc=f"making {folder.name}", disable=None):
+                part = making / f"{i // 25_000:03d}"  # ext4 allows a file 65,000 links
+                if i % 25_000 == 0:
+                    part.mkdir(parents=True)
+                    (part / ".empty").touch()
+                for field in ("jpg", "txt"):
+                    os.link(part / ".empty", part / f"sample-{i}.{field}")
             making.rename(folder)
         return str(folder), samples
 
@@ -257,10 +274,31 @@ def samples(bench: Bench) -> list[Contestant]:
         listing, ours = bench.script("listing", source), bench.script("ours", source)
         contestants.append(Contestant(f"listing {n:,}", listing, count, go=True))
         contestants.append(Contestant(f"packing {n:,}", ours, count, go=True))
-    if bench.full:  # empty files: a listing does not look into them
-        source, count = bench.data(1_000_000, 0, text=0)
-        listing = bench.script("listing", source)
-        contestants.append(Contestant("listing 1,000,000", listing, count, go=True))
+    return contestants
+
+
+def million(bench: Bench) -> list[Contestant]:
+    """A million samples of 1 KB + 40 B, and the names of ten million files; whole commands."""
+    source, count = bench.data(1_000_000, 1024)
+    shards = bench.made("ours", source, 4)
+    names, name_count = bench.names(5_000_000)
+    contestants = [Contestant("GNU tar, 2 processes", bench.tar(source, 2), count)]
+    for script in ("run_parallel.sh", "create_with_ray.py"):
+        jobs = bench.driver(script, source, 2, "--num-shards", "16")
+        waited_for = script == "run_parallel.sh"
+        contestants.append(Contestant(f"{script}, 2 workers", jobs, count, waited_for=waited_for))
+    read = [sys.executable, str(PROJECT / "read_webdataset.py"), "--path", shards, "--quiet"]
+    read += ["--num-workers", "2"]
+    for name, jobs, number in (
+        ("read_webdataset.py, 2 workers", [read], count),
+        ("read_webdataset.py --source, 2 workers", [[*read, "--source", source]], count),
+        ("count_samples", bench.script("ours-count", shards), count),
+        ("loop over open_webdataset", bench.script("ours-read", shards), count),
+        ("listing", bench.script("listing", source), count),
+        ("listing, ten million files", bench.script("listing", names), name_count),
+        ("listing and plan, ten million files", bench.script("plan", names), name_count),
+    ):  # the readers count alone: their checksum is no packer's
+        contestants.append(Contestant(name, jobs, number, env={"BENCH_CHECK": ""}))
     return contestants
 
 
@@ -372,7 +410,8 @@ def store(bench: Bench) -> list[Contestant]:
 
 GROUPS = {
     f.__name__: f
-    for f in (pack, large, slow, drivers, ray, shards, samples, reader, training, peers, store)
+    for f in (pack, large, slow, drivers, ray, shards, samples, million)
+    + (reader, training, peers, store)
 }
 
 
@@ -396,7 +435,7 @@ def race(bench: Bench, group: str, repeats: int) -> Iterator[Row]:
                 os.sync()  # nobody pays for what another wrote
                 try:
                     checked = {} if repeat else {"BENCH_CHECK": "1"}
-                    env = {**contestant.env, **checked}
+                    env = {**checked, **contestant.env}
                     figures = run(contestant._replace(env=env), bench.log)
                     if repeat == 0:
                         work[contestant.name] = bench.check()
@@ -449,7 +488,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)} (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: 5)")
     parser.add_argument("--scale", type=float, default=1, help="size of the sets (default: 1)")
-    parser.add_argument("--full", action="store_true", help="list a million samples, too")
     parser.add_argument("--data", metavar="DIR", type=Path, default=tempfile.gettempdir())
     parser.add_argument("--keep", action="store_true", help="leave the data for the next time")
     parser.add_argument("--results", metavar="DIR", type=Path, default=HERE / "results")
@@ -467,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no such group: {', '.join(sorted(unknown))}")
     os.environ.update(PYTHON=sys.executable, RAY_USAGE_STATS_ENABLED="0")
     adopt_orphans(True)
-    bench = Bench(args.data.resolve() / "webdataset-benchmark", args.scale, args.full)
+    bench = Bench(args.data.resolve() / "webdataset-benchmark", args.scale)
     bench.root.mkdir(parents=True, exist_ok=True)
     # Groups that are not run now keep their figures.
     rows = [row for row in read_rows(args.results / "samples.csv") if row.group not in groups]

@@ -97,6 +97,16 @@ def listing(task: Task) -> None:
     print("counted", len(list_samples(task.source).samples))
 
 
+def plan(task: Task) -> None:
+    """List, and write the plan of a run of 1,000 shards."""
+    core()
+    from sharding.listing import list_samples
+    from sharding.run import start
+
+    run, _ = start(list_samples(task.source), output=task.output, total_shards=1_000)
+    print("counted", run.plan.total_samples)
+
+
 # ---------------------------------------------------------------- webdataset
 
 
@@ -248,6 +258,11 @@ def ours_read(task: Task, decode: str | None = None, workers: int = 0) -> None:
     modules = *of_buckets(task.source), *needed(decode, workers)
     reader = core("read_webdataset", "sharding.pipeline", *modules)
     count(reader.open_webdataset(task.source, decode=decode, shuffle_buffer=0), workers)
+
+
+def ours_count(task: Task) -> None:
+    """Count the samples of the shards in the folder `source`."""
+    print("counted", core("read_webdataset").count_samples(task.source))
 
 
 def wds_read(task: Task, decode: str | None = None, workers: int = 0) -> None:
@@ -447,7 +462,9 @@ CONTESTANTS: dict[str, Callable[[Task], None]] = {
     "ours": ours,
     "ours-unsynced": ours_unsynced,
     "listing": listing,
+    "plan": plan,
     "ours-read": ours_read,
+    "ours-count": ours_count,
     "wds-pack": wds_pack,
     "wds-read": wds_read,
     "ray-empty": ray_empty,

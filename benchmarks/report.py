@@ -132,9 +132,10 @@ class Runs:
         pairs = zip(self.wall(group, over), self.wall(group, under), strict=False)
         return [a / b for a, b in pairs]
 
-    def memory(self, name: str, base: str) -> list[float]:
-        """Return the bytes for each sample by which one listing is larger than a smaller one."""
-        pairs = zip(self.runs["samples", name], self.runs["samples", base], strict=False)
+    def memory(self, group: str, name: str) -> list[float]:
+        """Return the bytes for each sample by which a listing is larger than one of 1,000."""
+        few = self.runs["samples", "listing 1,000"]
+        pairs = zip(self.runs[group, name], few, strict=False)
         return [(a.peak_mb - b.peak_mb) * 2**20 / (a.samples - b.samples) for a, b in pairs]
 
     def ray_speed_up(self) -> list[float]:
@@ -195,17 +196,25 @@ TARGETS = (
     ratio("shards", "run_parallel.sh, 1024 shards", "run_parallel.sh, 4 shards", most=1.3),
     ratio("shards", "create_with_ray.py, 1024 shards", "create_with_ray.py, 4 shards", most=1.5),
     Target(
-        "samples: seconds to list, check and sort a million; aim 4",
-        lambda runs: runs.wall("samples", "listing 1,000,000"),
+        "samples: bytes of memory for each of 100,000",
+        lambda runs: runs.memory("samples", "listing 100,000"),
+    ),
+    ratio("million", "run_parallel.sh, 2 workers", "GNU tar, 2 processes"),
+    ratio("million", "create_with_ray.py, 2 workers", "GNU tar, 2 processes"),
+    Target(
+        "million: seconds to list, check and sort them; aim 4",
+        lambda runs: runs.wall("million", "listing"),
         at_most=6,
     ),
     Target(
-        "samples: bytes of memory for each of 100,000",
-        lambda runs: runs.memory("listing 100,000", "listing 1,000"),
+        "million: bytes of memory for each of them listed",
+        lambda runs: runs.memory("million", "listing"),
+        at_most=400,
     ),
+    ratio("million", "listing, ten million files", "listing", " (5 times the samples)"),
     Target(
-        "samples: bytes of memory for each of a million",
-        lambda runs: runs.memory("listing 1,000,000", "listing 1,000"),
+        "million: bytes of memory for each of five million listed, in 200 folders",
+        lambda runs: runs.memory("million", "listing, ten million files"),
         at_most=400,
     ),
     ratio("reader", WDS, "loop over open_webdataset", least=4),
