@@ -408,11 +408,8 @@ def store(bench: Bench) -> list[Contestant]:
     return contestants
 
 
-GROUPS = {
-    f.__name__: f
-    for f in (pack, large, slow, drivers, ray, shards, samples, million)
-    + (reader, training, peers, store)
-}
+PACKING = (pack, large, slow, drivers, ray, shards, samples, million)
+GROUPS = {f.__name__: f for f in (*PACKING, reader, training, peers, store)}
 
 
 # ---------------------------------------------------------------- the race

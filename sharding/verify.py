@@ -34,7 +34,7 @@ from sharding.urls import is_url
 
 MISPLACED = "sample in another shard than this source and its flags say"
 
-Fault = tuple[str, str, str]  # its kind, the name of a shard, key or member, and what is shown
+Fault = tuple[str, str, str]  # its kind, the name of a shard, key, member or file; what is shown
 
 
 class Faults:
@@ -300,10 +300,12 @@ def take_apart(task: Task, stream: BinaryIO, size: int) -> Checked:
                 raise Damaged(f"field {field!r} occurs twice in sample {key!r}")
             current.add(field.lower())
             member = f"{key}.{field.lower()}"
-            if sample := expected.get(key):
-                faults.extend(_compare_content(task.source, sample, member, stream, length))
+            file = _file_of(expected.get(key), member)
+            if file is not None:
+                faults.extend(_compare_content(task.source, file, member, stream, length))
             if task.decode:
-                faults.extend(_decode_content(member, stream, length))
+                problems = _decode_content(member, stream, length)
+                faults.extend((kind, file or member, text) for kind, text in problems)
                 empty += not length and _ending(member) in TEXTS
         sound = True
         if not keys:
@@ -319,18 +321,20 @@ def _fields(sample: Sample) -> tuple[str, ...]:
     return tuple(extension.lower() for extension in sample.extensions)
 
 
+def _file_of(sample: Sample | None, member: str) -> str | None:
+    """Return the file below the source of which a member was made, if there is a source."""
+    return dict(zip(sample.members(), sample.files(), strict=True)).get(member) if sample else None
+
+
 def _compare_content(
-    source: str | os.PathLike[str], sample: Sample, member: str, stream: BinaryIO, length: int
+    source: str | os.PathLike[str], path: str, member: str, stream: BinaryIO, length: int
 ) -> Iterator[Fault]:
     """Yield what is wrong with a member's content, compared with its file; the stream stays."""
-    path = dict(zip(sample.members(), sample.files(), strict=True)).get(member)
-    if path is None:
-        return
     with source_at(source).open_file(source, path) as (file, size):
         start = stream.tell()
         pieces = iter(lambda: file.read(1 << 20), b"")
         if size != length or any(piece != stream.read(len(piece)) for piece in pieces):
-            yield "bytes differ from the source", member, repr(member)
+            yield "bytes differ from the source", path, repr(member)
         stream.seek(start)
 
 
@@ -347,8 +351,8 @@ def _ending(member: str) -> str:
     return member.rpartition(".")[2]
 
 
-def _decode_content(member: str, stream: BinaryIO, length: int) -> Iterator[Fault]:
-    """Yield what is wrong with a member that webdataset decodes."""
+def _decode_content(member: str, stream: BinaryIO, length: int) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with a member that webdataset decodes: its kind, and what is shown."""
     from sharding import images  # here: Pillow is needed for this alone
 
     shown, kind = member, "field that cannot be decoded"
@@ -359,11 +363,11 @@ def _decode_content(member: str, stream: BinaryIO, length: int) -> Iterator[Faul
         if decoder := DECODERS.get(_ending(member)):
             decoder(stream.read(length))
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        yield kind, shown, f"{shown!r} ({type(error).__name__}: {error})"[:200]
+        yield kind, f"{shown!r} ({type(error).__name__}: {error})"[:200]
         return
     if images.is_image(member):
         large = length > images.MAX_IMAGE
         data = b"" if large else stream.read(length)
         problem = "too large" if large else images.use_image(data, images.decode)[1]
         if problem:
-            yield "image that cannot be decoded", member, f"{member!r} ({problem})"
+            yield "image that cannot be decoded", f"{member!r} ({problem})"
