@@ -86,7 +86,7 @@ def create_webdataset(
     samples = deal(listing.samples, shard_id, total_shards)  # [shard_id::total_shards]
     where = output_at(output)
     where.check_output(os.fspath(output), listing)
-    where.prepare(os.fspath(output), [shard_id])
+    where.prepare(os.fspath(output), [shard_id], total_shards)
     shard = write_shard(listing.source, samples, output, shard_id, progress)
     where.settle(os.fspath(output))
     return shard
@@ -136,7 +136,7 @@ def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
     where.check_output(args.output, listing)
     shard_ids = chosen_shards(args, total)
     shards = {shard_id: deal(listing.samples, shard_id, total) for shard_id in shard_ids}
-    where.prepare(args.output, shard_ids)
+    where.prepare(args.output, shard_ids, total)
 
     def pack(shard_id: int, progress: Progress) -> Callable[[], Shard]:
         return begin_shard(listing.source, shards[shard_id], args.output, shard_id, progress)

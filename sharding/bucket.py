@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 import obstore
 
-from sharding.errors import InputError, PackError, argument
-from sharding.shards import SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, shard_number
+from sharding.errors import PackError
+from sharding.shards import SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards, shard_number
 from sharding.store import (
     FIRST_RANGE,
     LARGEST_RANGE,
@@ -52,7 +52,7 @@ def list_shards(url: str) -> Found:
     shards = [f"{folder}/{name}" for name in names if SHARD_PATTERN.fullmatch(name)]
     strays = [n for n in names if STRAY_PATTERN.fullmatch(n) and not SHARD_PATTERN.fullmatch(n)]
     if not shards:
-        raise InputError(f"{argument('path')} {url!r} has no shard-*.tar; pack some")
+        raise no_shards(url, names, "pack some")
     return Found(
         sorted(shards, key=shard_number), [(STRAY, n) for n in sorted(strays)], not pattern
     )

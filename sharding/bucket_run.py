@@ -30,7 +30,14 @@ from sharding.bucket import PLAN, UNFINISHED, objects_at
 from sharding.errors import AlreadyDone, InputError, PackError, argument, warn
 from sharding.plan import Plan, dump_plan, load_plan, load_shards, not_packed, same_samples
 from sharding.samples import Sample
-from sharding.shards import SHARD_PATTERN, STRAY_PATTERN, NewShard, shard_name, warn_of_strays
+from sharding.shards import (
+    SHARD_PATTERN,
+    STRAY_PATTERN,
+    NewShard,
+    shard_name,
+    warn_of_more,
+    warn_of_strays,
+)
 from sharding.store import Ranges, check_bucket, connect, saying, split
 from sharding.urls import canonical, is_url
 
@@ -78,10 +85,12 @@ def check_output(output: str, listing: Listing) -> None:
     warn_of_strays(output, "object", strays)
 
 
-def prepare(output: str, shard_ids: Container[int]) -> None:  # noqa: ARG001
+def prepare(output: str, shard_ids: Container[int], total_shards: int) -> None:  # noqa: ARG001
     """Refuse to write single shards where a run is not finished."""
-    if PLAN in objects_at(output):
+    found = objects_at(output)
+    if PLAN in found:
         raise PackError(f"{output!r}: {UNFINISHED}")
+    warn_of_more(output, found, total_shards)
 
 
 def settle(output: str) -> None:

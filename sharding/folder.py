@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from sharding.errors import InputError, PackError, argument, explain, naming
-from sharding.shards import REPLACED, SHARD_PATTERN, STRAY, STRAY_PATTERN, Found
+from sharding.shards import REPLACED, SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards
 
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 GONE = ".webdataset-gone-"  # begins the name of one that is being removed
@@ -73,7 +73,7 @@ def find_shards(path: str) -> Found:
         cure = "pack some with ./run_parallel.sh"
         if staging_folders(path):
             cure = "an unfinished run is there: finish it with --resume, or publish it"
-        raise InputError(f"{argument('path')} {path!r} has no shard-*.tar; {cure}")
+        raise no_shards(path, (entry.name for entry in entries), cure)
     return Found(shards, faults, True)
 
 

@@ -46,6 +46,7 @@ from sharding.shards import (
     STRAY_PATTERN,
     NewShard,
     shard_name,
+    warn_of_more,
     warn_of_strays,
 )
 
@@ -88,11 +89,12 @@ def check_output(output: str, listing: Listing) -> None:
     warn_of_strays(output, "file", strays)
 
 
-def prepare(output: str, shard_ids: Container[int]) -> None:
+def prepare(output: str, shard_ids: Container[int], total_shards: int) -> None:
     """Make the folder for single shards, and clear what killed attempts at them left."""
     os.makedirs(output, exist_ok=True)
     if cut_short(output):
         raise PackError(INTERRUPTED)
+    warn_of_more(output, os.listdir(output), total_shards)
     remove_leftovers(output, shard_ids)
 
 

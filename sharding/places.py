@@ -60,7 +60,7 @@ class Output(Protocol):
             InputError: nothing was written.
         """
 
-    def prepare(self, output: str, shard_ids: Container[int]) -> None:
+    def prepare(self, output: str, shard_ids: Container[int], total_shards: int) -> None:
         """Prepare for single shards that are written without a run."""
 
     def settle(self, output: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import BinaryIO, NamedTuple
 
 from sharding.errors import InputError, argument, count, warn
@@ -68,6 +68,22 @@ def warn_of_strays(output: str, noun: str, strays: Sequence[str]) -> None:
     if strays:
         found = f"{count(len(strays), noun)} ({min(strays)!r})"
         warn(f"{output!r} has {found} not named like its shards, which readers may take for some")
+
+
+def warn_of_more(output: str, names: Iterable[str], total_shards: int) -> None:
+    """Warn if an output holds shards that a dataset of so many cannot have."""
+    more = [n for n in names if SHARD_PATTERN.fullmatch(n) and shard_number(n) >= total_shards]
+    if more:
+        what = f"{min(more)!r}, of a dataset with more than {count(total_shards, 'shard')}"
+        cure = f"give the same {argument('total_shards')}, or delete it"
+        warn(f"{output!r} also holds {what}; {cure}")
+
+
+def no_shards(path: str, names: Iterable[str], cure: str) -> InputError:
+    """Return the error that there is no shard among these names."""
+    if others := [name for name in names if name.endswith(".tar")]:
+        cure = f"{min(others)!r} has another name; shards begin with {shard_name(0)!r}"
+    return InputError(f"{argument('path')} {path!r} has no shard-*.tar; {cure}")
 
 
 def check_shard_numbers(total_shards: int, samples: int, shard_id: int = 0) -> None:

@@ -320,6 +320,15 @@ def test_other_files_in_output_stay(tmp_path: Path) -> None:
     assert after.keys() - before.keys() == {"shard-000000.tar", "shard-000001.tar"}
 
 
+def test_a_shard_of_a_smaller_dataset(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Beside shards of a larger one, it would make samples occur twice, and others never."""
+    source, output = write_pairs(tmp_path / "source", 9), tmp_path / "output"
+    assert pack(source, output, total=4) == 0 and not capfd.readouterr().err
+    assert pack(source, output, total=3) == 0
+    warning = f"{str(output)!r} also holds 'shard-000003.tar', of a dataset with more than 3 shards"
+    assert warning in capfd.readouterr().err
+
+
 def test_mode_follows_umask(tmp_path: Path) -> None:
     source, before = write_pairs(tmp_path / "source", 1), os.umask(0o027)
     try:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import jpeg, run_script
+from conftest import jpeg, run_script, touch
 
 import create_webdataset
 import read_webdataset
@@ -80,14 +80,24 @@ def test_odd_paths(name: str, tmp_path: Path, monkeypatch, capfd) -> None:
     assert capfd.readouterr().out.startswith("1 sample in 1 shard, ")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "empty", "file"])
-def test_no_shards(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("nowhere", "No such file"),
+        ("empty", "pack some"),
+        ("stray", "'shard-1.tar' has another name"),
+        ("others", "'train-1.tar' has another name; shards begin with 'shard-000000.tar'"),
+        ("file", "is no shard-*.tar"),
+    ],
+)
+def test_no_shards(name: str, cure: str, tmp_path: Path, capfd) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "shard-1.tar").touch()
+    touch(tmp_path / "stray", "shard-1.tar")
+    touch(tmp_path / "others", "train-1.tar", "train-2.tar")
     (tmp_path / "file").touch()
     assert read_webdataset.main(["--path", str(tmp_path / name)]) == 2
     out, err = capfd.readouterr()
-    assert not out and name in err and err.count("\n") == 1
+    assert not out and name in err and cure in err and err.count("\n") == 1
 
 
 def test_damaged_shard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
