@@ -260,11 +260,11 @@ def test_the_loop_of_the_readme(ranks: int, tmp_path: Path) -> None:
     assert loop.count(save) == 1
     often = loop.replace(save, f"{kill}\n            {save.replace('100', '3')}")
 
-    def train(text: str, kill: int = 0) -> list[str]:
+    def start(text: str, kill: int, ranks: int = ranks) -> subprocess.CompletedProcess[str]:
         (tmp_path / "train.py").write_text(text, encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if ranks == 2 else []
         more = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "KILL": str(kill)}
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, *launcher, "train.py"],
             cwd=tmp_path,
             env={**os.environ, **more},
@@ -272,6 +272,9 @@ def test_the_loop_of_the_readme(ranks: int, tmp_path: Path) -> None:
             text=True,
             timeout=300,
         )
+
+    def train(text: str, kill: int = 0) -> list[str]:
+        done = start(text, kill)
         assert (done.returncode != 0) == (kill > 0), done.stderr[-2_000:]
         return re.findall(r"epoch \d, rank \d, step \d+: loss [\d.]+", done.stdout)
 
@@ -287,3 +290,9 @@ def test_the_loop_of_the_readme(ranks: int, tmp_path: Path) -> None:
     for name, weights in trained.items():
         assert torch.equal(weights, again[name]), (kills, name)
     assert train(loop) == [], "there is nothing left to do"
+
+    state.unlink()
+    train(often, 5)
+    other = start(loop, 0, 3 - ranks)
+    refusal = f"the state is of {ranks} ranks with 2 workers each, not of {3 - ranks} with 2"
+    assert other.returncode and refusal in other.stderr
