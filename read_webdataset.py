@@ -33,7 +33,7 @@ from sharding.samples import parse_fields
 from sharding.shards import MAX_SHARDS, shard_number
 from sharding.training import count_samples, open_webdataset
 from sharding.urls import is_url, refuse_url
-from sharding.verify import Checked, Faults, check_dataset
+from sharding.verify import Checked, Faults, check_dataset, decodes
 
 __all__ = ["count_samples", "open_webdataset"]  # to import from here
 TEXT_LIMIT = 200  # characters of a text that are printed
@@ -120,15 +120,18 @@ def print_faults(faults: Faults) -> None:
             print(f"{kind}: and {more:,} more", file=sys.stderr)
 
 
-def count_fields(reports: Sequence[Checked]) -> str:
-    """Return how many samples have which fields, if they differ, and how many texts are empty."""
+def count_fields(reports: Sequence[Checked], decode: bool) -> str:
+    """Return how many samples have which fields, if they differ, and what decoding met or left."""
     numbers: Counter[str] = Counter()
+    opaque: Counter[str] = Counter()
     for report in reports:
         for fields, (number, _) in report.field_sets.items():
             numbers["+".join(fields)] += number
-    empty = sum(report.empty for report in reports)
+            opaque.update({field: number for field in fields if decode and not decodes(field)})
     said = left_out("fields", numbers) if len(numbers) > 1 else ""
-    return said + (f"; {count(empty, 'empty text')}" if empty else "")
+    if empty := sum(report.empty for report in reports):
+        said += f"; {count(empty, 'empty text')}"
+    return said + left_out("not decoded", opaque)
 
 
 def how_to_pack(shard: str, total: int, args: argparse.Namespace) -> str:
@@ -219,7 +222,7 @@ def check(args: argparse.Namespace) -> int:
         verdict = f"OK, each sample of {one_line(args.source)} once, byte for byte"
     if listing:
         verdict += left_out("ignored", listing.ignored) + left_out("skipped", listing.skipped)
-    verdict += count_fields(reports)
+    verdict += count_fields(reports, args.decode)
     samples = count(sum(report.samples for report in reports), "sample")
     size = sum(report.size for report in reports)
     print(f"{samples} in {count(len(reports), 'shard')}, {size:,} bytes: {verdict}")

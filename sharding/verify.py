@@ -351,6 +351,14 @@ def _ending(member: str) -> str:
     return member.rpartition(".")[2]
 
 
+def decodes(field: str) -> bool:
+    """Tell whether a field is one that `_decode_content` decodes."""
+    from sharding import images
+
+    ending = _ending(field.removesuffix(".gz"))
+    return ending in DECODERS or images.is_image(ending)
+
+
 def _decode_content(member: str, stream: BinaryIO, length: int) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with a member that webdataset decodes: its kind, and what is shown."""
     from sharding import images  # here: Pillow is needed for this alone

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
-from conftest import jpeg, write_pairs
+from conftest import jpeg, touch, write_pairs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -483,9 +483,11 @@ def test_what_training_could_not_decode(tmp_path: Path, capfd: pytest.CaptureFix
     for key in bad:
         for path in source.glob(f"{key}.*"):
             path.unlink()
-    core.create_webdataset(source, output, 0, 1, "txt,json,cls")
+    for path in source.glob("*.txt"):
+        touch(source, f"{path.stem}.heic", f"{path.stem}.caption")
+    core.create_webdataset(source, output, 0, 1, "txt,json,cls,heic,caption")
     assert reader.main(["--path", str(output), "--decode", "--quiet"]) == 0
-    assert capfd.readouterr().out.endswith(": OK; 1 empty text\n")
+    assert capfd.readouterr().out.endswith(": OK; 1 empty text; not decoded: 2 caption, 2 heic\n")
 
 
 def test_a_report_names_every_fault(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
