@@ -310,9 +310,10 @@ def test_interrupted_while_it_imports(source_1003: Path, tmp_path: Path) -> None
 
 
 def ray_processes(session: int) -> list[str]:
-    """Return the processes that a driver's session has left."""
-    done = subprocess.run(["ps", "-o", "args=", "-s", str(session)], capture_output=True, text=True)
-    return done.stdout.splitlines()
+    """Return the processes that a driver's session has left; not those (Z) that have ended."""
+    command = ["ps", "-o", "stat=,args=", "-s", str(session)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return [line for line in done.stdout.splitlines() if line[0] != "Z"]
 
 
 @pytest.fixture
