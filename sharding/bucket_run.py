@@ -28,7 +28,7 @@ from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from sharding.bucket import PLAN, UNFINISHED, objects_at
 from sharding.errors import AlreadyDone, InputError, PackError, argument, warn
-from sharding.plan import Plan, dump_plan, load_plan, load_shards, not_packed, same_samples
+from sharding.plan import Plan, can_resume, dump_plan, load_plan, load_shards, not_packed
 from sharding.samples import Sample
 from sharding.shards import (
     SHARD_PATTERN,
@@ -118,7 +118,8 @@ def begin(
                 f"{output!r}: a run of {before.host} that began at {before.begun} has not ended; "
                 "if it is dead, run the same command with --resume"
             )
-        same_samples(before, plan)  # which says so if they are others
+        others = len(_records(f"{output}/.webdataset-{before.run}"))
+        can_resume(before, plan, others, "delete all that is there, then leave it out")
         if not _swap(output, stream.getvalue(), etag, run):
             raise PackError(f"{output!r}: another run has just taken it over")
     else:

@@ -36,7 +36,7 @@ from sharding.folder import (
     is_staging,
     staging_folders,
 )
-from sharding.plan import PLAN, Plan, not_packed, same_samples, write_plan
+from sharding.plan import PLAN, Plan, can_resume, not_packed, write_plan
 from sharding.samples import Sample
 from sharding.shards import (
     MAX_SHARDS,
@@ -165,7 +165,8 @@ def _take_over(folder: str, plan: Plan, resume: bool) -> None:
             if staged[old]:
                 raise
             continue  # it ended before it packed anything
-        if resume and not taken and same_samples(before, plan):
+        afresh = "leave it out, which removes these"
+        if resume and not taken and can_resume(before, plan, staged[old], afresh):
             taken = old
         elif before.driver is None:
             raise PackError(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from sharding.errors import PackError, count, naming, warn
+from sharding.errors import InputError, PackError, argument, count, naming, warn
 from sharding.samples import Sample, deal
 from sharding.urls import is_url
 
@@ -144,14 +144,32 @@ def not_packed(plan: Plan, missing: Sequence[int]) -> PackError:
     return PackError(f"not packed: {shards} ({first}); nothing was published; {cure}")
 
 
-def same_samples(before: Plan, plan: Plan) -> bool:
-    """Tell whether an earlier plan has the same shards; if not, say what differs."""
-    names = {"source": "--source", "fields": "--fields", "total_shards": "number of shards"}
-    differs = [names[name] for name in names if getattr(before, name) != getattr(plan, name)]
-    if not {"--fields", "number of shards"} & set(differs) and before.digest != plan.digest:
-        differs.append("samples, or flags that choose or order them")
+def can_resume(before: Plan, plan: Plan, finished: int, otherwise: str) -> bool:
+    """Tell whether an earlier plan has the same shards; if not, say what differs.
+
+    Args:
+        before, plan: the plans.
+        finished: how many shards of the earlier one are finished.
+        otherwise: what to do to pack other shards.
+
+    Raises:
+        InputError: these shards would be lost, perhaps to a mistyped flag.
+    """
+    pairs = (
+        ("another source", before.source, plan.source),
+        ("other fields", before.fields, plan.fields),
+        ("another number of shards", before.total_shards, plan.total_shards),
+    )
+    differs = ", ".join(f"{what} ({was!r}, not {now!r})" for what, was, now in pairs if was != now)
+    if differs and finished:
+        raise InputError(
+            f"{argument('resume')}: the interrupted run, with {count(finished, 'finished shard')}, "
+            f"has {differs}; give what it was given, or {otherwise}"
+        )
+    if not differs and before.digest != plan.digest:
+        differs = "other samples, or flags that choose or order them"
     if differs:
-        warn(f"not resumed but packed afresh: other {', '.join(differs)}")
+        warn(f"not resumed but packed afresh: the interrupted run has {differs}")
     return not differs
 
 

@@ -214,6 +214,11 @@ class Bucket(NamedTuple):
         """Write an object below the prefix."""
         obstore.put(self.store, f"{self.prefix}/{key}", data)
 
+    def clear(self) -> None:
+        """Delete every object below the prefix."""
+        keys = [item["path"] for item in obstore.list(self.store, prefix=self.prefix).collect()]
+        obstore.delete(self.store, keys)
+
     def upload(self, folder: Path, below: str = "") -> str:
         """Write the files below a folder, and return their URL."""
         files = [path for path in folder.rglob("*") if path.is_file()]

@@ -34,7 +34,7 @@ from read_webdataset import main as read
 from sharding import bucket_run
 from sharding import run as runs
 from sharding.bucket import PLAN
-from sharding.errors import PackError
+from sharding.errors import InputError, PackError
 from sharding.listing import list_samples
 from sharding.places import output_at
 from sharding.shards import SHARD_PATTERN
@@ -151,12 +151,20 @@ def test_a_changed_file_is_packed_again(remote: bool, bucket: Bucket, tmp_path: 
 
 
 def test_resume_with_other_shards(source: Path, bucket: Bucket, tmp_path: Path, capsys) -> None:
-    """Packed afresh, said so; nothing of the larger number of shards is left."""
+    """Refused if shards are finished; else nothing of the larger number of shards is left."""
     run = start(source, bucket.url, total=9)
-    for shard_id in range(9):
-        runs.pack(run, shard_id)
+    runs.pack(run, 0)
+    before = bucket.hashes()
+    refusal = r"with 1 finished shard, has another number of shards \(9, not 2\); give"
+    with pytest.raises(InputError, match=refusal):
+        start(source, bucket.url, resume=True, total=2)
+    assert bucket.hashes() == before
+    bucket.clear()
+    start(source, bucket.url, total=9)
+    bucket.put("shard-000008.tar", b"of a run that was killed before it could record it")
     second = start(source, bucket.url, resume=True, total=2)
-    assert "not resumed but packed afresh: other number of shards" in capsys.readouterr().err
+    what = "packed afresh: the interrupted run has another number of shards (9, not 2)"
+    assert what in capsys.readouterr().err
     for shard_id in range(2):
         assert runs.pack(second, shard_id).how == "created"
         create_webdataset(source, tmp_path, shard_id, 2)
@@ -209,9 +217,10 @@ def test_cut_while_publishing(
     driver: str, step: str, source: Path, expected: dict[str, str], bucket: Bucket, monkeypatch
 ) -> None:
     """From the moment that the mark stands, whoever comes next finishes it, and says so."""
-    if step == "records":
-        packed(source, bucket.url, total=9)
-    run = packed(source, bucket.url, resume=step == "records")
+    run = packed(source, bucket.url)
+    if step == "records":  # of an older run, of more shards
+        bucket.put("shard-000008.tar")
+        bucket.put(f"{bucket_run.PACKED}/0123456789abcdef/8-0-0-0")
     with monkeypatch.context() as patch, pytest.raises(Killed):
 
         def killed(*_: object) -> None:
@@ -242,7 +251,8 @@ def test_a_late_publisher_deletes_nothing(source: Path, bucket: Bucket, monkeypa
 
     def late(*arguments: object) -> bool:
         monkeypatch.setattr(bucket_run, "_swap", swap)
-        runs.finish(packed(source, bucket.url, resume=True))
+        bucket.clear()
+        runs.finish(packed(source, bucket.url))
         return swap(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(bucket_run, "_swap", late)

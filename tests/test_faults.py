@@ -195,16 +195,22 @@ def test_resume_after_changes(tmp_path: Path) -> None:
     (source / "sample-9.jpg").unlink()
     (source / "sample-9.jpg").write_bytes(b"mended")
     for more, what in (
-        (["--num-shards=5"], "number of shards"),
-        (["--shuffle=3"], "samples, or flags that"),
-        (["--fields=jpg"], "--fields"),
+        (
+            ["--num-shards=5"],
+            "another number of shards (4, not 5); give what it was given, or leave",
+        ),
+        (["--fields=jpg"], "other fields ('jpg,txt', not 'jpg'); give"),
     ):
-        shutil.copytree(output, tmp_path / "copy", symlinks=True)
-        done = run_script("run_parallel.sh", *base[:2], "--output", tmp_path / "copy", *base[4:],
-                          *more, "--resume")  # fmt: skip
-        assert done.returncode == 0 and "kept" not in done.stdout
-        assert "not resumed but packed afresh" in done.stderr and what in done.stderr
-        shutil.rmtree(tmp_path / "copy")
+        before = hashes(output)
+        done = run_script("run_parallel.sh", *base, *more, "--resume")
+        assert done.returncode == 2 and not done.stdout, done
+        assert f"the interrupted run, with 3 finished shards, has {what}" in done.stderr
+        assert hashes(output) == before
+    shutil.copytree(output, tmp_path / "copy", symlinks=True)
+    other = ["--shuffle=3", f"--output={tmp_path}/copy", "--resume"]
+    done = run_script("run_parallel.sh", *base, *other)
+    assert done.returncode == 0 and "kept" not in done.stdout
+    assert "not resumed but packed afresh: the interrupted run has other samples" in done.stderr
     keys = sorted(path.stem for path in source.glob("*.jpg"))
     changed = next(key for key in keys[1::4] if key != "sample-9")
     (source / f"{changed}.txt").write_bytes(b"changed since it was packed")
