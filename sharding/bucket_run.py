@@ -35,10 +35,11 @@ from sharding.shards import (
     STRAY_PATTERN,
     NewShard,
     shard_name,
+    shard_number,
     warn_of_more,
     warn_of_strays,
 )
-from sharding.store import Ranges, check_bucket, connect, saying, split
+from sharding.store import Ranges, check_bucket, connect, saying, split, version_of
 from sharding.urls import canonical, is_url
 
 if TYPE_CHECKING:
@@ -49,14 +50,14 @@ _MARK = re.compile(rb"published by ([0-9a-f]{16}): ([0-9]+)\n")  # in place of a
 PART_SIZE, PARTS = 8 << 20, 4  # bytes of an upload that are sent at a time, and how many at once
 MAX_PARTS = 10_000  # of an upload
 _RUN = re.compile(r"(.*)/\.webdataset-([0-9a-f]{16})")  # how a run is named
-_RECORD = re.compile(r"([0-9]+)-([0-9a-f]+)-([0-9a-f]{32})-([0-9a-f]{16})")
+_RECORD = re.compile(r"([0-9]+)-([0-9]+[.][0-9a-f]+)-([0-9a-f]{32})-([0-9a-f]{16})")
 
 
 class Record(NamedTuple):
     """What the name of an object says of a finished shard."""
 
     key: str
-    version: str  # of the shard, as `_version` gives it
+    version: str  # of the shard, as `version_of` gives it
     stamp: str  # of its files
     run: str  # that packed it
 
@@ -296,7 +297,7 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
     new.path, new.size = url, upload.size
     if of_run:
         check_own(folder)
-        name = f"{shard_id}-{_version(found.meta)}-{new.stamp}-{run}"
+        name = f"{shard_id}-{version_of(found.meta)}-{new.stamp}-{run}"
         with saying(url):
             obstore.put(store, f"{_records_of(folder)[1]}/{name}", b"")
 
@@ -319,7 +320,7 @@ def find_kept(folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
         except FileNotFoundError:
             item = None
         for record in left_shards(folder).get(shard_id, []):
-            if item and record.stamp == stamp and record.version == _version(item):
+            if item and record.stamp == stamp and record.version == version_of(item):
                 kept = url, int(item["size"])
             else:
                 obstore.delete(store, record.key)
@@ -350,7 +351,7 @@ def publish(folder: str, plan: Plan) -> list[int]:
     for shard_id in range(plan.total_shards):
         item = items.get(shard_name(shard_id))
         versions = [record.version for record in records.get(shard_id, [])]
-        if item and _version(item) in versions:
+        if item and version_of(item) in versions:
             sizes.append(int(item["size"]))
         else:
             missing.append(shard_id)
@@ -376,10 +377,12 @@ def finish_cut(folder: str) -> bool:
         return False
     store, prefix = _place(output, PACKED)
     with saying(output):
-        extra = [n for n in objects_at(output) if _number(n) >= mark.total_shards]  # of more shards
-        records = [item["path"] for item in obstore.list(store, prefix).collect()]
-        if keys := records + [_place(output, name)[1] for name in extra]:
-            obstore.delete(store, keys)
+        left = [item["path"] for item in obstore.list(store, prefix).collect()]
+        for name in filter(SHARD_PATTERN.fullmatch, objects_at(output)):
+            if shard_number(name) >= mark.total_shards:  # of a run into more shards
+                left.append(_place(output, name)[1])
+        if left:
+            obstore.delete(store, left)
         obstore.delete(store, _place(output, PLAN)[1])
     return True
 
@@ -413,17 +416,6 @@ def _split_run(folder: str) -> tuple[str, str]:
 
 def _gone(folder: str) -> str:
     return f"{folder!r} is gone: the run was published, or another took it over"
-
-
-def _number(name: str) -> int:
-    match = SHARD_PATTERN.fullmatch(name)
-    return int(match[1]) if match else -1
-
-
-def _version(item: Any) -> str:
-    """Return what tells a version of an object from others, for use in a name."""
-    text = f"{item['size']} {item['e_tag']}"
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _records_of(folder: str) -> tuple[Any, str]:

@@ -46,6 +46,7 @@ from sharding.shards import (
     STRAY_PATTERN,
     NewShard,
     shard_name,
+    shard_number,
     warn_of_more,
     warn_of_strays,
 )
@@ -344,9 +345,8 @@ def _move_shards(staging: str, total_shards: int) -> None:
     output = os.path.dirname(staging)
     for shard_id, (path,) in sorted(staged_shards(staging).items()):
         os.rename(path, os.path.join(output, shard_name(shard_id)))
-    for name in os.listdir(output):
-        match = SHARD_PATTERN.fullmatch(name)
-        if match and int(match[1]) >= total_shards:  # of a larger dataset
+    for name in filter(SHARD_PATTERN.fullmatch, os.listdir(output)):
+        if shard_number(name) >= total_shards:  # of a larger dataset
             os.unlink(os.path.join(output, name))
     sync_folder(output)
     _remove_staging(staging)

@@ -1,14 +1,13 @@
 """A bucket as a source: list its objects, read exactly the versions that were listed.
 
-See `places.Source`. The listing tells size and etag of each object, so a sample keeps a short mark
-of them, which a plan carries to the workers, and a listing is all that --resume has to compare.
+See `places.Source`. The listing tells the version of each object. A sample keeps these, a plan
+carries them to the workers, and a listing is all that --resume has to compare.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import os
 from collections import defaultdict
@@ -21,7 +20,7 @@ import obstore
 from sharding.batch import CHANGED, STAMP, Batch, in_order, new_stamp
 from sharding.errors import InputError, PackError
 from sharding.samples import Sample
-from sharding.store import Ranges, check_bucket, connect, insist, saying, split
+from sharding.store import Ranges, check_bucket, connect, insist, saying, split, version_of
 
 if TYPE_CHECKING:
     from sharding.listing import Scan
@@ -31,13 +30,8 @@ READ_THREADS = 32  # of a process; a store takes some 25 ms for an object of any
 AHEAD, AHEAD_BYTES = 64, 48 << 20  # samples that are read or wait, and what they may hold
 
 
-def mark(size: int, etag: str | None) -> str:
-    """Return what tells a version of an object from others: its size, and a hash of its etag."""
-    return f"{size}.{hashlib.blake2b((etag or '').encode(), digest_size=4).hexdigest()}"
-
-
-def _read_mark(version: str) -> tuple[int, int]:
-    """Return the size in a mark, and the hash as a number."""
+def _read_version(version: str) -> tuple[int, int]:
+    """Return the size in what `version_of` gave, and the hash as a number."""
     size, _, tag = version.partition(".")
     return int(size), int(tag, 16)
 
@@ -57,7 +51,7 @@ def list_files(scan: Scan) -> None:
     check_bucket(scan.source)
     bucket, prefix = split(scan.source)
     held: dict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)  # folder -> stem -> extensions
-    listed: dict[str, str] = {}  # folder and stem -> marks, in the order of the extensions
+    listed: dict[str, str] = {}  # folder and stem -> versions, in the order of the extensions
     empty: list[tuple[str, str, str]] = []  # objects of no bytes, some of which mark a folder
     folders = {"", prefix + "/"}
 
@@ -72,9 +66,9 @@ def list_files(scan: Scan) -> None:
             scan.note_ignored(folder, name)
             return
         held[folder][stem] = after
-        marks = listed.get(folder + stem, "").split(" ") if before else []
-        marks.insert(after.index(extension), version)
-        listed[folder + stem] = " ".join(marks)
+        versions = listed.get(folder + stem, "").split(" ") if before else []
+        versions.insert(after.index(extension), version)
+        listed[folder + stem] = " ".join(versions)
 
     with saying(scan.source, InputError):
         for item in (i for chunk in obstore.list(connect(bucket), prefix or None) for i in chunk):
@@ -86,7 +80,7 @@ def list_files(scan: Scan) -> None:
                 folders.update("/".join(parts[:n]) + "/" for n in range(1, len(parts)))
             if name[:1] in ("", ".") or folder[:1] == "." or "/." in folder:
                 continue
-            version = mark(item["size"], item["e_tag"])
+            version = version_of(item)
             if item["size"]:
                 add(folder, name, version)
             else:
@@ -127,7 +121,7 @@ def _read_batch(source: str, samples: Sequence[Sample]) -> Batch:
     for sample in samples:
         batch.names.extend(sample.members())
         for path, version in zip(sample.files(), sample.listed.split(" "), strict=True):
-            size, tag = _read_mark(version)
+            size, tag = _read_version(version)
             url = f"{source}/{path}"
             large = size > WHOLE_SIZE
             batch.contents.append(LargeObject(url, version) if large else _read(url, version))
@@ -144,8 +138,7 @@ def _read(url: str, version: str) -> bytes:
             found = obstore.get(connect(bucket), key)
         except FileNotFoundError:
             return None
-        same = mark(found.meta["size"], found.meta["e_tag"]) == version
-        return bytes(found.bytes()) if same else None
+        return bytes(found.bytes()) if version_of(found.meta) == version else None
 
     data = insist(url, get)
     if data is None:
@@ -159,7 +152,7 @@ class LargeObject:
     def __init__(self, url: str, version: str) -> None:
         self.url = url
         self.version = version
-        self.size, _ = _read_mark(version)
+        self.size, _ = _read_version(version)
 
     def pieces(self, buffer: memoryview) -> Iterator[memoryview]:  # noqa: ARG002
         """Yield the content, range by range."""
@@ -169,7 +162,7 @@ class LargeObject:
                 found = obstore.head(connect(bucket), key)
             except FileNotFoundError:
                 raise PackError(f"{self.url!r} {CHANGED}") from None
-        if mark(found["size"], found["e_tag"]) != self.version:
+        if version_of(found) != self.version:
             raise PackError(f"{self.url!r} {CHANGED}")
         with Ranges(self.url, found["size"], found["e_tag"]) as ranges:
             while piece := ranges.peek():
@@ -182,7 +175,7 @@ def stamp_of(source: str | os.PathLike[str], samples: Iterable[Sample]) -> str: 
     seen = new_stamp()
     for sample in samples:
         for version in sample.listed.split(" "):
-            seen.update(STAMP % _read_mark(version))
+            seen.update(STAMP % _read_version(version))
     return seen.hexdigest()
 
 

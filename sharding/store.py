@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -212,6 +213,12 @@ def _reason(text: str) -> tuple[str, bool]:
         where = urlsplit(_endpoint()).netloc.rpartition("@")[2] or "Amazon's store"
         return f"{where} does not answer; check AWS_ENDPOINT_URL and the network", True
     return re.split(r"[\n:]", text)[0], False
+
+
+def version_of(item: Any) -> str:
+    """Return what tells a version of an object from others: its size, and a hash of its etag."""
+    tag = hashlib.blake2b((item["e_tag"] or "").encode(), digest_size=4).hexdigest()
+    return f"{item['size']}.{tag}"
 
 
 def check_bucket(url: str) -> None:
