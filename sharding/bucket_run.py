@@ -183,7 +183,7 @@ def _read_plan(output: str) -> tuple[Plan | Mark | None, str | None]:
         line = stream.readline()
     if mark := _MARK.fullmatch(line):
         return Mark(mark[1].decode(), int(mark[2])), item["e_tag"]
-    plan = load_plan(io.BytesIO(line), f"{output}/{PLAN}", f"all objects of {output!r}")
+    plan = load_plan(io.BytesIO(line), f"{output}/{PLAN}")
     return plan, item["e_tag"]
 
 

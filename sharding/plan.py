@@ -21,7 +21,6 @@ from sharding.urls import is_url
 PLAN = "plan"  # the name of the file, in the folder of a run
 _PLACE = "%015d\n"  # where in the file the samples of a shard begin
 _NO_DIGEST = "0" * 32
-_REMOVE = "it, or its folder"
 
 
 class Plan(NamedTuple):
@@ -69,17 +68,16 @@ def dump_plan(stream: BinaryIO, plan: Plan, samples: Sequence[Sample]) -> Plan:
     return plan
 
 
-def load_plan(stream: BinaryIO, name: str, remove: str = _REMOVE) -> Plan:
+def load_plan(stream: BinaryIO, name: str) -> Plan:
     """Return the plan that a stream begins with.
 
     Args:
-        name: of the plan, for errors.
-        remove: what to remove to give up the run.
+        name: path or URL of the plan, for errors.
 
     Raises:
         PackError: it is damaged.
     """
-    with _reading(name, remove):
+    with _reading(name):
         return _from_header(stream.readline())
 
 
@@ -184,11 +182,12 @@ def _opening(folder: str) -> Iterator[tuple[str, BinaryIO]]:
 
 
 @contextlib.contextmanager
-def _reading(name: str, remove: str = _REMOVE) -> Iterator[None]:
+def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError):
-        message = f"{name!r} cannot be read; to give up that run, remove {remove}"
+        what = "it and all objects beside it" if is_url(name) else "its folder"
+        message = f"{name!r} cannot be read; to give up that run, remove {what}"
         raise PackError(message) from None
 
 
