@@ -28,6 +28,7 @@ from sharding.command import (
 )
 from sharding.errors import InputError, PackError, count, explain
 from sharding.faults import left_out, open_report
+from sharding.listing import Listing
 from sharding.places import dataset_at
 from sharding.samples import parse_fields
 from sharding.shards import MAX_SHARDS, shard_number
@@ -96,6 +97,18 @@ def print_sample(number: int, sample: Mapping[str, Any]) -> None:
             print(f"{one_line(field)}: {len(data)} bytes")
 
 
+def print_samples(shards: Sequence[str], limit: int | None) -> None:
+    """Print the first samples of these shards."""
+    try:
+        for number, sample in enumerate(read_samples(shards, limit)):
+            print_sample(number, sample)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head` has seen enough
+        drop_output()
+    except (tarfile.TarError, ValueError) as error:
+        raise PackError(f"webdataset cannot read a shard: {explain(error)}") from None
+
+
 def preview(shards: Sequence[str], limit: int, target: str) -> None:
     """Draw the first samples of all shards: picture, key and first words of each."""
     from sharding.images import draw_preview, is_image
@@ -134,13 +147,29 @@ def count_fields(reports: Sequence[Checked], decode: bool) -> str:
     return said + left_out("not decoded", opaque)
 
 
+def summary(
+    reports: Sequence[Checked], faults: Faults, listing: Listing | None, decode: bool
+) -> str:
+    """Return what the shards hold, and the verdict on them, in one line."""
+    number = sum(faults.numbers.values())
+    verdict = count(number, "fault") if number else "OK"
+    if listing:
+        if not number:
+            verdict += f", each sample of {one_line(listing.source)} once, byte for byte"
+        verdict += left_out("ignored", listing.ignored) + left_out("skipped", listing.skipped)
+    samples = count(sum(report.samples for report in reports), "sample")
+    size = sum(report.size for report in reports)
+    shards = count(len(reports), "shard")
+    return f"{samples} in {shards}, {size:,} bytes: {verdict}{count_fields(reports, decode)}"
+
+
 def how_to_pack(shard: str, total: int, args: argparse.Namespace) -> str:
-    """Return the command that packs a shard anew."""
+    """Return a line with the command that packs a shard anew."""
     source = shlex.quote(args.source) if args.source else "DIR"
     return (
-        f"python create_webdataset.py --source {source} --output {shlex.quote(args.path)} "
-        f"--shard-id {shard_number(shard)} --total-shards {total if args.source else 'N'}, "
-        "with the other flags of the first time"
+        f"to pack {os.path.basename(shard)} again: python create_webdataset.py --source {source} "
+        f"--output {shlex.quote(args.path)} --shard-id {shard_number(shard)} "
+        f"--total-shards {total if args.source else 'N'}, with the other flags of the first time"
     )
 
 
@@ -197,36 +226,18 @@ def check(args: argparse.Namespace) -> int:
                 progress=bar.update,
             )
     sound = [report.path for report in reports if report.sound]
-    try:
-        for number, sample in enumerate(read_samples([] if args.quiet else sound, args.limit)):
-            print_sample(number, sample)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `... | head` has seen enough
-        drop_output()
-    except (tarfile.TarError, ValueError) as error:
-        raise PackError(f"webdataset cannot read a shard: {explain(error)}") from None
+    if not args.quiet:
+        print_samples(sound, args.limit)
     if args.preview is not None:
         preview(sound, drawn, args.preview)
     if dataset.identify(shards) != before:
         raise PackError(f"{args.path!r}: the dataset was replaced while it was read; run again")
     print_faults(faults)
-    total = len(reports) + faults.numbers["missing shard"]
     if bad := [report.path for report in reports if not report.sound]:
-        print(
-            f"to pack {os.path.basename(bad[0])} again: {how_to_pack(bad[0], total, args)}",
-            file=sys.stderr,
-        )
-    number = sum(faults.numbers.values())
-    verdict = count(number, "fault") if number else "OK"
-    if listing and not number:
-        verdict = f"OK, each sample of {one_line(args.source)} once, byte for byte"
-    if listing:
-        verdict += left_out("ignored", listing.ignored) + left_out("skipped", listing.skipped)
-    verdict += count_fields(reports, args.decode)
-    samples = count(sum(report.samples for report in reports), "sample")
-    size = sum(report.size for report in reports)
-    print(f"{samples} in {count(len(reports), 'shard')}, {size:,} bytes: {verdict}")
-    return 1 if number else 0
+        total = len(reports) + faults.numbers["missing shard"]
+        print(how_to_pack(bad[0], total, args), file=sys.stderr)
+    print(summary(reports, faults, listing, args.decode))
+    return 1 if faults.numbers else 0
 
 
 @one_line_errors
