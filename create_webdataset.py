@@ -97,19 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(USAGE, "Pack one shard (or every K-th) of a folder of samples.", EXAMPLES)
     add_source_arguments(parser)
     add = parser.add_argument_group("the shards").add_argument
-    add(
-        "--output",
-        metavar="DIR",
-        help="folder (made if missing) or s3:// URL for the shards",
-    )
+    what = "folder (made if missing) or s3:// URL for the shards"
+    add("--output", metavar="DIR", help=what)
     add("--shard-id", metavar="I", type=int, help="the shard to pack, from 0")
     number = number_from(1, MAX_SHARDS)
-    add(
-        "--total-shards",
-        metavar="N",
-        type=number,
-        help="number of shards: --num-shards of the drivers",
-    )
+    what = "number of shards: --num-shards of the drivers"
+    add("--total-shards", metavar="N", type=number, help=what)
     add("--shard-step", metavar="K", type=number, help="pack shards I, I+K, I+2K, ...")
     add = parser.add_argument_group("a run that `python sharding start` has planned").add_argument
     what = "its folder; takes the place of all flags but --shard-id and --shard-step"
@@ -214,7 +207,7 @@ def pack_all(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    if any(path and is_url(path) for path in (args.source, args.output, args.run)):
+    if any(is_url(getattr(args, name) or "", name) for name in ("source", "output", "run")):
         with plain_interrupt():  # a request that waits for its answer would not notice Ctrl-C
             return pack_all(args)
     return pack_all(args)

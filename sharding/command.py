@@ -85,11 +85,8 @@ def driver_parser(command: str, purpose: str, example: str = "") -> argparse.Arg
     parser = Parser(f"{command} [options]", f"{purpose}\n{where}", examples)
     add_source_arguments(parser)
     add = parser.add_argument_group("the output").add_argument
-    add(
-        "--output",
-        metavar="DIR",
-        help="folder (made if missing) or s3:// URL for the shards",
-    )
+    what = "folder (made if missing) or s3:// URL for the shards"
+    add("--output", metavar="DIR", help=what)
     add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
     add = parser.add_argument_group("the work").add_argument
     number = number_from(1, MAX_SHARDS)
