@@ -27,7 +27,7 @@ from sharding.store import (
 )
 from sharding.urls import canonical
 
-PLAN = ".webdataset-plan"  # stands beside the shards until all are there; see bucket_run.py
+PLAN = ".webdataset-plan"  # stands beside the shards until all are there; see claim.py
 UNFINISHED = "a run is not finished; finish it with --resume"
 
 

@@ -1,15 +1,12 @@
-"""A run that packs into a bucket: claimed by its plan, packed shard by shard, published. See
-`places.Output`.
+"""A run that packs into a bucket: claim it, upload its shards, publish them. See `places.Output`.
 
-A store has no rename and no lock that dies with its holder. So while a run is not finished, its
-plan stands beside the shards: it is lock, plan and mark in one, and nobody reads the dataset.
+While it is not finished, the bucket holds, besides the shards that are there:
 
-    .webdataset-plan                                 created only if there is none
+    .webdataset-plan                                                its claim; see claim.py
     .webdataset-packed/<samples>/<shard>-<version>-<stamp>-<run>    empty: that shard is finished
-    shard-000007.tar                                 whole or not there: an upload is atomic
 
-Nothing but the shards is left in the end. With --resume a run takes the plan over, which fences the
-older run: before and after it completes an upload, it looks whether the plan is still its own.
+Nothing but the shards is left in the end. Each is whole or not there: an upload is atomic. Before
+and after a run completes one, it looks whether the claim is still its own.
 """
 
 from __future__ import annotations
@@ -24,11 +21,23 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from sharding.bucket import PLAN, UNFINISHED, objects_at
+from sharding.claim import (
+    RUN,
+    Mark,
+    check_own,
+    claim,
+    mark_published,
+    open_plan,
+    own_plan,
+    place,
+    read_claim,
+    split_run,
+    swap,
+)
 from sharding.errors import AlreadyDone, InputError, PackError, argument, warn
-from sharding.plan import Plan, can_resume, dump_plan, load_plan, load_shards, not_packed
+from sharding.plan import Plan, can_resume, dump_plan, load_shards, not_packed
 from sharding.samples import Sample
 from sharding.shards import (
     SHARD_PATTERN,
@@ -39,17 +48,15 @@ from sharding.shards import (
     warn_of_more,
     warn_of_strays,
 )
-from sharding.store import Ranges, check_bucket, connect, saying, split, version_of
+from sharding.store import check_bucket, saying, version_of
 from sharding.urls import canonical, is_url
 
 if TYPE_CHECKING:
     from sharding.listing import Listing
 
 PACKED = ".webdataset-packed"
-_MARK = re.compile(rb"published by ([0-9a-f]{16}): ([0-9]+)\n")  # in place of a plan; see Mark
 PART_SIZE, PARTS = 8 << 20, 4  # bytes of an upload that are sent at a time, and how many at once
 MAX_PARTS = 10_000  # of an upload
-_RUN = re.compile(r"(.*)/\.webdataset-([0-9a-f]{16})")  # how a run is named
 _RECORD = re.compile(r"([0-9]+)-([0-9]+[.][0-9a-f]+)-([0-9a-f]{32})-([0-9a-f]{16})")
 
 
@@ -60,13 +67,6 @@ class Record(NamedTuple):
     version: str  # of the shard, as `version_of` gives it
     stamp: str  # of its files
     run: str  # that packed it
-
-
-class Mark(NamedTuple):
-    """What stands in place of the plan of a run whose shards are all there."""
-
-    run: str
-    total_shards: int
 
 
 # ---------------------------------------------------------------- before a run
@@ -111,7 +111,7 @@ def begin(
         raise AlreadyDone
     found = objects_at(output)
     if PLAN in found:
-        before, etag = _read_plan(output)
+        before, etag = read_claim(output)
         if not isinstance(before, Plan):
             raise PackError(f"{output!r}: another run is just being published there")
         if not resume:
@@ -121,7 +121,7 @@ def begin(
             )
         others = len(_records(f"{output}/.webdataset-{before.run}"))
         can_resume(before, plan, others, "delete all that is there, then leave it out")
-        if not _swap(output, stream.getvalue(), etag, run):
+        if not swap(folder, stream.getvalue(), etag):
             raise PackError(f"{output!r}: another run has just taken it over")
     else:
         if any(map(SHARD_PATTERN.fullmatch, found)):
@@ -131,66 +131,8 @@ def begin(
             )
         if resume:
             warn("nothing to resume; packing all shards")
-        _claim(output, stream.getvalue(), run)
+        claim(folder, stream.getvalue())
     return folder, plan, -1
-
-
-def _claim(output: str, data: bytes, run: str) -> None:
-    """Create the plan if there is none; refuse a store that would overwrite one."""
-    store, key = _place(output, PLAN)
-    with saying(output):
-        try:
-            obstore.put(store, key, data, mode="create", use_multipart=False)
-        except AlreadyExistsError:  # of another run; or ours, if the answer to it was lost
-            if _owner(output) != run:
-                raise PackError(f"{output!r}: another run has just begun there") from None
-        with contextlib.suppress(AlreadyExistsError):
-            obstore.put(store, key, b"", mode="create", use_multipart=False)
-            obstore.delete(store, key)
-            raise InputError(
-                f"{output!r}: this store ignores conditional writes (If-None-Match), so two runs "
-                "would not see each other; pack into a folder, and copy that"
-            )
-    if any(map(SHARD_PATTERN.fullmatch, objects_at(output))):  # published meanwhile
-        obstore.delete(store, key)
-        raise PackError(f"{output!r}: another run has just published there")
-
-
-def _swap(output: str, data: bytes, etag: str | None, run: str) -> bool:
-    """Replace the plan by data of a run if it still has this etag; tell whether it had."""
-    store, key = _place(output, PLAN)
-    with saying(output):
-        try:
-            mode: Any = {"e_tag": etag}
-            obstore.put(store, key, data, mode=mode, use_multipart=False)
-        except PreconditionError:  # or the answer to a first attempt was lost
-            return _owner(output) == run
-        except FileNotFoundError:
-            return False
-    return True
-
-
-def _read_plan(output: str) -> tuple[Plan | Mark | None, str | None]:
-    """Return the first line of what stands at a prefix as its plan, and its etag."""
-    store, key = _place(output, PLAN)
-    with saying(output):
-        try:
-            item = obstore.head(store, key)
-        except FileNotFoundError:
-            return None, None
-    raw = Ranges(f"{output}/{PLAN}", item["size"], item["e_tag"])
-    with io.BufferedReader(raw, 64 << 10) as stream:
-        line = stream.readline()
-    if mark := _MARK.fullmatch(line):
-        return Mark(mark[1].decode(), int(mark[2])), item["e_tag"]
-    plan = load_plan(io.BytesIO(line), f"{output}/{PLAN}")
-    return plan, item["e_tag"]
-
-
-def _owner(output: str) -> str:
-    """Return the id of the run whose plan, or mark, stands at a prefix, if any."""
-    found, _ = _read_plan(output)
-    return found.run if found else ""
 
 
 # ---------------------------------------------------------------- packing
@@ -203,44 +145,14 @@ def read_plan(folder: str) -> Plan:
         PackError: the plan there is not its own any more.
     """
     check_own(folder)
-    return _own(folder)[0]
-
-
-@functools.lru_cache(maxsize=4)
-def _own(folder: str) -> tuple[Plan, str | None]:
-    """Return the plan of a run, and its etag, which no other run's plan has."""
-    output, run = _split_run(folder)
-    plan, etag = _read_plan(output)
-    if not isinstance(plan, Plan) or plan.run != run:
-        raise PackError(_gone(folder))
-    return plan, etag
-
-
-def check_own(folder: str) -> Any:
-    """Return what the store says of the plan of a run.
-
-    Raises:
-        PackError: it is not that of this run any more.
-    """
-    output, _ = _split_run(folder)
-    store, key = _place(output, PLAN)
-    _, own = _own(folder)
-    with saying(output):
-        try:
-            item = obstore.head(store, key)
-        except FileNotFoundError:
-            raise PackError(_gone(folder)) from None
-    if not own or item["e_tag"] != own:
-        raise PackError(_gone(folder))
-    return item
+    return own_plan(folder)[0]
 
 
 def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
     """Yield the samples of shards of a run."""
     item = check_own(folder)
-    output, _ = _split_run(folder)
-    raw = Ranges(f"{output}/{PLAN}", item["size"], item["e_tag"])
-    with io.BufferedReader(raw, 64 << 10) as stream:
+    output, _ = split_run(folder)
+    with open_plan(output, item) as stream:
         yield from load_shards(stream, shard_ids, f"{output}/{PLAN}")
 
 
@@ -270,10 +182,10 @@ class _Upload(io.RawIOBase):
 @contextlib.contextmanager
 def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
     """Upload a shard, which appears when the upload is completed, whole or not at all."""
-    of_run = _RUN.fullmatch(folder)
+    of_run = RUN.fullmatch(folder)
     output, run = (of_run[1], of_run[2]) if of_run else (folder, secrets.token_hex(8))
     url = f"{output}/{shard_name(shard_id)}"
-    store, key = _place(output, shard_name(shard_id))
+    store, key = place(output, shard_name(shard_id))
     writer = obstore.open_writer(
         store, key, buffer_size=PART_SIZE, max_concurrency=PARTS, attributes={"run": run}
     )
@@ -310,9 +222,9 @@ def left_shards(folder: str) -> dict[int, list[Record]]:
 
 def find_kept(folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
     """Return URL and size of a shard that is finished, and was made of what the stamp tells."""
-    output, _ = _split_run(folder)
+    output, _ = split_run(folder)
     url = f"{output}/{shard_name(shard_id)}"
-    store, key = _place(output, shard_name(shard_id))
+    store, key = place(output, shard_name(shard_id))
     kept = None
     with saying(url):
         try:
@@ -332,7 +244,7 @@ def find_kept(folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
 
 def kept_shards(folder: str) -> list[int]:
     """Return which shards another run had packed."""
-    _, run = _split_run(folder)
+    _, run = split_run(folder)
     records = _records(folder).items()
     return [shard_id for shard_id, found in records if all(r.run != run for r in found)]
 
@@ -345,7 +257,7 @@ def count_published(output: str) -> int:  # noqa: ARG001
 def publish(folder: str, plan: Plan) -> list[int]:
     """Make the shards of a run the dataset, and return their sizes; see `places.Output`."""
     check_own(folder)
-    output, run = _split_run(folder)
+    output, _ = split_run(folder)
     items, records = objects_at(output), _records(folder)
     sizes, missing = [], []
     for shard_id in range(plan.total_shards):
@@ -357,11 +269,7 @@ def publish(folder: str, plan: Plan) -> list[int]:
             missing.append(shard_id)
     if missing:
         raise not_packed(plan, missing)
-    # From here on nobody can take the run over.
-    if not _swap(
-        output, b"published by %s: %d\n" % (run.encode(), len(sizes)), _own(folder)[1], run
-    ):
-        raise PackError(_gone(folder))
+    mark_published(folder, len(sizes))
     finish_cut(folder)
     return sizes
 
@@ -371,19 +279,19 @@ def finish_cut(folder: str) -> bool:
 
     The mark goes last: whoever comes after a kill finds what is left to do.
     """
-    output, _ = _split_run(folder)
-    mark, _ = _read_plan(output)
+    output, _ = split_run(folder)
+    mark, _ = read_claim(output)
     if not isinstance(mark, Mark):
         return False
-    store, prefix = _place(output, PACKED)
+    store, prefix = place(output, PACKED)
     with saying(output):
         left = [item["path"] for item in obstore.list(store, prefix).collect()]
         for name in filter(SHARD_PATTERN.fullmatch, objects_at(output)):
             if shard_number(name) >= mark.total_shards:  # of a run into more shards
-                left.append(_place(output, name)[1])
+                left.append(place(output, name)[1])
         if left:
             obstore.delete(store, left)
-        obstore.delete(store, _place(output, PLAN)[1])
+        obstore.delete(store, place(output, PLAN)[1])
     return True
 
 
@@ -400,28 +308,10 @@ def may_write(folder: str) -> bool:  # noqa: ARG001
 # ---------------------------------------------------------------- names
 
 
-def _place(output: str, name: str) -> tuple[Any, str]:
-    """Return the store of an object at a prefix, and its key."""
-    bucket, key = split(f"{output}/{name}")
-    return connect(bucket), key
-
-
-def _split_run(folder: str) -> tuple[str, str]:
-    """Return the prefix of a run, and its id."""
-    match = _RUN.fullmatch(folder)
-    if not match:
-        raise PackError(f"{folder!r} is no run: give what `python sharding start` printed")
-    return match[1], match[2]
-
-
-def _gone(folder: str) -> str:
-    return f"{folder!r} is gone: the run was published, or another took it over"
-
-
 def _records_of(folder: str) -> tuple[Any, str]:
     """Return where the records of a run's samples are: the store, and a prefix of keys."""
-    output, _ = _split_run(folder)
-    return _place(output, f"{PACKED}/{_digest(folder)}")
+    output, _ = split_run(folder)
+    return place(output, f"{PACKED}/{_digest(folder)}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -435,7 +325,7 @@ def _digest(folder: str) -> str:
 def _records(folder: str) -> dict[int, list[Record]]:
     """Return the records of a run's samples: number of the shard -> them."""
     found: dict[int, list[Record]] = {}
-    output, _ = _split_run(folder)
+    output, _ = split_run(folder)
     store, prefix = _records_of(folder)
     with saying(output):
         for item in obstore.list(store, prefix).collect():

@@ -31,7 +31,7 @@ from conftest import (
 from create_webdataset import create_webdataset
 from create_webdataset import main as create
 from read_webdataset import main as read
-from sharding import bucket_run
+from sharding import bucket_run, claim
 from sharding import run as runs
 from sharding.bucket import PLAN
 from sharding.errors import InputError, PackError
@@ -247,15 +247,15 @@ def test_cut_while_publishing(
 def test_a_late_publisher_deletes_nothing(source: Path, bucket: Bucket, monkeypatch) -> None:
     """Of two runs with other numbers of shards, where the older one has just looked at the plan."""
     older = packed(source, bucket.url, total=2)
-    swap = bucket_run._swap
+    swap = claim.swap
 
     def late(*arguments: object) -> bool:
-        monkeypatch.setattr(bucket_run, "_swap", swap)
+        monkeypatch.setattr(claim, "swap", swap)
         bucket.clear()
         runs.finish(packed(source, bucket.url))
         return swap(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bucket_run, "_swap", late)
+    monkeypatch.setattr(claim, "swap", late)
     with pytest.raises(PackError, match="is gone"):
         runs.finish(older)
     assert len(bucket.hashes()) == 5

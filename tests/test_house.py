@@ -19,6 +19,7 @@ HEAVY = {"PIL", "obstore", "ray", "tqdm", "webdataset"}
 ALLOWED = {
     ("bucket", "obstore", True),
     ("bucket_run", "obstore", True),
+    ("claim", "obstore", True),
     ("images", "PIL", True),
     ("store", "obstore", True),
     ("objects", "obstore", True),
