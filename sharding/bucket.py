@@ -15,16 +15,8 @@ import obstore
 
 from sharding.errors import PackError
 from sharding.shards import SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards, shard_number
-from sharding.store import (
-    FIRST_RANGE,
-    LARGEST_RANGE,
-    Ranges,
-    apart,
-    check_bucket,
-    connect,
-    saying,
-    split,
-)
+from sharding.store import apart, check_bucket, connect, saying, split
+from sharding.streams import FIRST_RANGE, LARGEST_RANGE, Ranges
 from sharding.urls import canonical
 
 PLAN = ".webdataset-plan"  # stands beside the shards until all are there; see claim.py

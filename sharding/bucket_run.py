@@ -49,14 +49,13 @@ from sharding.shards import (
     warn_of_strays,
 )
 from sharding.store import check_bucket, saying, version_of
+from sharding.streams import Upload
 from sharding.urls import canonical, is_url
 
 if TYPE_CHECKING:
     from sharding.listing import Listing
 
 PACKED = ".webdataset-packed"
-PART_SIZE, PARTS = 8 << 20, 4  # bytes of an upload that are sent at a time, and how many at once
-MAX_PARTS = 10_000  # of an upload
 _RECORD = re.compile(r"([0-9]+)-([0-9]+[.][0-9a-f]+)-([0-9a-f]{32})-([0-9a-f]{16})")
 
 
@@ -156,29 +155,6 @@ def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]
         yield from load_shards(stream, shard_ids, f"{output}/{PLAN}")
 
 
-class _Upload(io.RawIOBase):
-    """A stream to write to, whose bytes are uploaded in parts."""
-
-    def __init__(self, url: str, writer: Any) -> None:
-        super().__init__()
-        self.url = url
-        self.writer = writer
-        self.size = 0
-
-    def writable(self) -> bool:
-        """Tell that it can be written."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Pass on a copy of these bytes: obstore makes none, and the caller reuses its buffer."""
-        self.size += len(data)
-        if self.size > MAX_PARTS * PART_SIZE:
-            raise PackError(f"{self.url!r}: larger than an upload can be; use more shards")
-        with saying(self.url, also=OSError):
-            self.writer.write(bytes(data))
-        return len(data)
-
-
 @contextlib.contextmanager
 def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
     """Upload a shard, which appears when the upload is completed, whole or not at all."""
@@ -186,23 +162,20 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
     output, run = (of_run[1], of_run[2]) if of_run else (folder, secrets.token_hex(8))
     url = f"{output}/{shard_name(shard_id)}"
     store, key = place(output, shard_name(shard_id))
-    writer = obstore.open_writer(
-        store, key, buffer_size=PART_SIZE, max_concurrency=PARTS, attributes={"run": run}
-    )
-    upload = _Upload(url, writer)
+    upload = Upload(url, {"run": run})
     new = NewShard(upload)  # type: ignore[arg-type]
     try:
         yield new
         if of_run:
             with saying(url, also=OSError):
-                writer.flush()  # so that little is left to do after the look at the plan
+                upload.writer.flush()  # so that little is left to do after the look at the plan
             check_own(folder)
     except BaseException as error:
         with contextlib.suppress(Exception):  # the first error is the one to report
-            writer.__exit__(type(error), error, None)
+            upload.writer.__exit__(type(error), error, None)
         raise
     with saying(url, also=OSError):
-        writer.close()
+        upload.writer.close()
         found = obstore.get(store, key, options={"head": True})  # the writer gives no etag
     if found.attributes.get("run") != run or found.meta["size"] != upload.size:
         raise PackError(f"{url!r}: another run has replaced it; run again with --resume")

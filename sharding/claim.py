@@ -22,7 +22,8 @@ from sharding.bucket import PLAN, objects_at
 from sharding.errors import InputError, PackError
 from sharding.plan import Plan, load_plan
 from sharding.shards import SHARD_PATTERN
-from sharding.store import Ranges, connect, saying, split
+from sharding.store import connect, saying, split
+from sharding.streams import Ranges
 
 RUN = re.compile(r"(.*)/\.webdataset-([0-9a-f]{16})")  # how a run is named: its prefix, its id
 _MARK = re.compile(rb"published by ([0-9a-f]{16}): ([0-9]+)\n")

@@ -20,7 +20,8 @@ import obstore
 from sharding.batch import CHANGED, STAMP, Batch, in_order, new_stamp
 from sharding.errors import InputError, PackError
 from sharding.samples import Sample
-from sharding.store import Ranges, check_bucket, connect, insist, saying, split, version_of
+from sharding.store import check_bucket, connect, insist, saying, split, version_of
+from sharding.streams import Ranges
 
 if TYPE_CHECKING:
     from sharding.listing import Scan

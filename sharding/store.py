@@ -1,4 +1,4 @@
-"""A connection to an object store: credentials, time limits, errors in one line, ranged reading.
+"""A connection to an object store: credentials, time limits, errors in one line.
 
 A URL is "s3://bucket/key", of anything that speaks S3: AWS_ENDPOINT_URL says where. Uses obstore's
 native API (https://developmentseed.org/obstore); without it, `import` says how to install it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import os
 import re
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -30,8 +28,6 @@ from sharding.errors import InputError, PackError, StopRun
 from sharding.shards import REPLACED
 
 T = TypeVar("T")
-FIRST_RANGE, LARGEST_RANGE = 256 << 10, 8 << 20  # bytes that a request asks for
-NEAR = 2 << 20  # bytes; to read on that far takes no longer than a new request
 # Seconds: for a request with its body, for its retries, and for each of the two in a first probe.
 REQUEST_TIME, RETRY_TIME, PROBE_TIME = 60, 120, 20
 # Where credentials come from, if not from a profile or from the machine's role.
@@ -265,94 +261,3 @@ def _answer() -> None:
     except (InputError, PackError) as error:
         answer = {"error": type(error).__name__, "text": error.args[0]}
     print(json.dumps(answer))
-
-
-class Ranges(io.RawIOBase):
-    """An object as a stream; the next range is fetched while the present one is used.
-
-    Ranges grow while they are read one after the other. All are of one version of the object.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        size: int | None = None,
-        etag: str | None = None,
-        first: int = FIRST_RANGE,
-    ) -> None:
-        super().__init__()
-        self.url = url
-        bucket, self.key = split(url)
-        self.store = connect(bucket)
-        if size is None:
-            with saying(url):
-                found = obstore.head(self.store, self.key)
-            size, etag = found["size"], found["e_tag"]
-        self.size = size
-        self.etag = etag
-        self.place = 0
-        self.chunk, self.begin = memoryview(b""), 0  # what is here, and where it begins
-        self.first = first  # bytes that are asked for at a place that follows no other
-        self.length = first // 4  # of the last request
-        self.next: tuple[int, Future[memoryview]] | None = None  # where it begins
-        self.pool: ThreadPoolExecutor | None = None
-
-    def readable(self) -> bool:
-        """Tell that it can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Tell that it can seek."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to another place, at no cost."""
-        self.place = offset + (0, self.place, self.size)[whence]
-        return self.place
-
-    def readinto(self, buffer: Any) -> int:
-        """Read the next bytes."""
-        part = self.peek()[: len(buffer)]
-        buffer[: len(part)] = part
-        self.place += len(part)
-        return len(part)
-
-    def peek(self) -> memoryview:
-        """Return the next bytes, as many as are here; none at the end."""
-        if not self.begin <= self.place < self.begin + len(self.chunk) and self.place < self.size:
-            self.load()
-        return self.chunk[self.place - self.begin :] if self.place < self.size else memoryview(b"")
-
-    def load(self) -> None:
-        """Make the chunk one that holds the present place."""
-        onward = 0 <= self.place - (self.begin + len(self.chunk)) < NEAR
-        self.length = min(4 * self.length, LARGEST_RANGE) if onward else self.first
-        ahead, self.next = self.next, None
-        begin, chunk = self.place, memoryview(b"")
-        if ahead and ahead[0] <= self.place:
-            begin, chunk = ahead[0], ahead[1].result()
-        if self.place >= begin + len(chunk):
-            begin, chunk = self.place, self.fetch(self.place, self.length)
-        self.begin, self.chunk = begin, chunk
-        end = begin + len(chunk)
-        if onward and end < self.size:
-            self.pool = self.pool or ThreadPoolExecutor(1)
-            self.next = end, self.pool.submit(self.fetch, end, self.length)
-
-    def fetch(self, begin: int, length: int) -> memoryview:
-        """Return a range of the object, of the version that was opened."""
-        end = min(begin + length, self.size)
-        options: Any = {"range": (begin, end)}
-        if self.etag:
-            options["if_match"] = self.etag
-        get = functools.partial(obstore.get, self.store, self.key, options=options)
-        chunk = memoryview(insist(self.url, lambda: get().bytes()))
-        if len(chunk) != end - begin:
-            raise PackError(f"{self.url!r}: {REPLACED}")
-        return chunk
-
-    def close(self) -> None:
-        """Give up what is being fetched."""
-        if self.pool:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-        super().close()

@@ -16,7 +16,7 @@ from conftest import ROOT, Bucket, run_script, slow_proxy, write_pairs
 from create_webdataset import create_webdataset
 from read_webdataset import count_samples, open_webdataset
 from read_webdataset import main as read
-from sharding import store
+from sharding import store, streams
 from sharding.errors import InputError, PackError, StopRun
 
 
@@ -93,12 +93,12 @@ def test_ranges(bucket: Bucket) -> None:
     """Any way to read gives the object's bytes; ranges grow while they follow each other."""
     data = bytes(range(256)) * (80 << 10)
     bucket.put("large", data)
-    raw = store.Ranges(f"{bucket.url}/large")
+    raw = streams.Ranges(f"{bucket.url}/large")
     got = bytearray()
     while part := raw.peek():
         got += part
         raw.seek(len(got))
-    assert got == data and raw.length == store.LARGEST_RANGE
+    assert got == data and raw.length == streams.LARGEST_RANGE
     for place in (5 << 20, 100, (20 << 20) - 10, 7 << 20, (7 << 20) + 10, 0):
         raw.seek(place)
         assert raw.read(1_000) == data[place : place + 1_000]
@@ -116,7 +116,7 @@ def test_a_replaced_object_is_an_error(bucket: Bucket, tmp_path: Path) -> None:
         list(samples)
     obstore.delete(bucket.store, f"{bucket.prefix}/shard-000000.tar")
     with pytest.raises(PackError, match="no such object"):
-        store.Ranges(f"{url}/shard-000000.tar")
+        streams.Ranges(f"{url}/shard-000000.tar")
 
 
 def test_exact_resume(shards) -> None:
@@ -225,12 +225,12 @@ def test_a_store_that_is_away_for_a_while(bucket: Bucket, monkeypatch) -> None:
     bucket.put("x", b"data")
     monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(1 << 30, from_when=6))
     store._connect.cache_clear()
-    assert store.Ranges(f"{bucket.url}/x").read(4) == b"data"
+    assert streams.Ranges(f"{bucket.url}/x").read(4) == b"data"
     monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(1 << 30, from_when=60))
     monkeypatch.setattr(store, "RETRY_TIME", 2)
     store._connect.cache_clear()
     with pytest.raises(StopRun, match="does not answer"):
-        store.Ranges(f"{bucket.url}/x")
+        streams.Ranges(f"{bucket.url}/x")
     store._connect.cache_clear()
 
 
@@ -242,8 +242,8 @@ def test_a_slow_store(bucket: Bucket, monkeypatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(200_000))
     store._connect.cache_clear()
     began = time.monotonic()
-    with store.Ranges(f"{bucket.url}/large") as ranges:
-        assert ranges.fetch(0, store.LARGEST_RANGE) == data[: store.LARGEST_RANGE]
+    with streams.Ranges(f"{bucket.url}/large") as ranges:
+        assert ranges.fetch(0, streams.LARGEST_RANGE) == data[: streams.LARGEST_RANGE]
     assert time.monotonic() - began > 35
     store._connect.cache_clear()
 

@@ -23,6 +23,7 @@ ALLOWED = {
     ("images", "PIL", True),
     ("store", "obstore", True),
     ("objects", "obstore", True),
+    ("streams", "obstore", True),
     ("pipeline", "webdataset", True),
     ("training", "webdataset", False),
     ("command", "tqdm", False),
