@@ -16,13 +16,7 @@ from sharding.errors import InputError, PackError, argument, explain, naming
 from sharding.shards import REPLACED, SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards
 
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
-GONE = ".webdataset-gone-"  # begins the name of one that is being removed
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
-READ_SIZE = 1 << 20  # bytes read at a time
-INTERRUPTED = (
-    "publishing was interrupted; run the same command again, the one that packed (of an array job: "
-    "the one that published)"
-)
 
 
 def staging_folders(output: str | os.PathLike[str]) -> list[str]:
@@ -49,17 +43,24 @@ def cut_short(output: str | os.PathLike[str]) -> list[str]:
     return list(filter(is_publishing, staging_folders(output)))
 
 
+def refuse_cut_short(output: str) -> None:
+    """Raise a PackError if such a run is there."""
+    if cut_short(output):
+        raise PackError(
+            f"{output!r}: publishing was interrupted; run the same command again, the one that "
+            "packed (of an array job: the one that published)"
+        )
+
+
 def find_shards(path: str) -> Found:
     """Return the shards in a folder, or those that a pattern of paths names."""
     if not os.path.isdir(path) and (chosen := glob.glob(path)):
         return Found(_chosen_shards(path, chosen), [], False)
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        interrupted = cut_short(path)
+        refuse_cut_short(path)
     except OSError as error:
         raise InputError(f"{argument('path')}: {explain(error)}") from None
-    if interrupted:
-        raise PackError(f"{path!r}: {INTERRUPTED}")
     shards, faults = [], []
     for entry in entries:
         if SHARD_PATTERN.fullmatch(entry.name):
@@ -80,8 +81,7 @@ def find_shards(path: str) -> Found:
 def _chosen_shards(path: str, chosen: Sequence[str]) -> list[str]:
     """Return the shards that a pattern names, in order."""
     for folder in {os.path.dirname(shard) or os.curdir for shard in chosen}:
-        if cut_short(folder):
-            raise PackError(f"{folder!r}: {INTERRUPTED}")
+        refuse_cut_short(folder)
     for shard in chosen:
         if not SHARD_PATTERN.fullmatch(os.path.basename(shard)) or not os.path.isfile(shard):
             raise InputError(f"{argument('path')} {path!r}: {shard!r} is no shard-*.tar")
@@ -94,7 +94,7 @@ def identify(shards: Sequence[str]) -> list[tuple[int, int, int]]:
 
 
 @contextlib.contextmanager
-def open_shard(path: str, buffering: int = READ_SIZE) -> Iterator[tuple[BinaryIO, int]]:
+def open_shard(path: str, buffering: int = 1 << 20) -> Iterator[tuple[BinaryIO, int]]:
     """Open a shard; give the stream and its size."""
     with naming(path), open(path, "rb", buffering=buffering) as stream:
         status = os.fstat(stream.fileno())

@@ -27,13 +27,12 @@ from typing import TYPE_CHECKING
 from sharding import plan as plans
 from sharding.errors import InputError, PackError, argument, count, naming, warn
 from sharding.folder import (
-    GONE,
-    INTERRUPTED,
     MARKER,
     STAGING,
     cut_short,
     is_publishing,
     is_staging,
+    refuse_cut_short,
     staging_folders,
 )
 from sharding.plan import PLAN, Plan, can_resume, not_packed, write_plan
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from sharding.listing import Listing
 
 LOCK = ".webdataset.lock"
+GONE = ".webdataset-gone-"  # begins the name of a staging folder that is being removed
 LOCK_WAIT = 0.5  # seconds; the holder of a run that has just ended takes a moment to go
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of flock: some Lustre and FUSE
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # of fsync on a folder: CIFS and the like
@@ -93,8 +93,7 @@ def check_output(output: str, listing: Listing) -> None:
 def prepare(output: str, shard_ids: Container[int], total_shards: int) -> None:
     """Make the folder for single shards, and clear what killed attempts at them left."""
     os.makedirs(output, exist_ok=True)
-    if cut_short(output):
-        raise PackError(INTERRUPTED)
+    refuse_cut_short(output)
     warn_of_more(output, os.listdir(output), total_shards)
     remove_leftovers(output, shard_ids)
 
@@ -196,11 +195,8 @@ def read_plan(folder: str) -> Plan:
     Raises:
         PackError: there is none.
     """
-    if not is_staging(folder) or not os.path.exists(os.path.join(folder, PLAN)):
-        raise PackError(
-            f"no run in {folder!r}: it was published, resumed in a new folder, or removed; "
-            f"{argument('run')} takes what `python sharding start` printed"
-        )
+    if not is_staging(folder):
+        raise PackError(f"{folder!r} is no run: give what `python sharding start` printed")
     return plans.read_plan(folder)
 
 
@@ -290,7 +286,8 @@ def publish(folder: str, plan: Plan) -> list[int]:
     output, staging = os.path.dirname(folder), folder
     if not is_publishing(folder):
         _check_complete(folder, plan)  # before tasks that are still at work lose their folder
-        staging = _move_staging(folder)  # from here on, no late task changes anything
+        staging = _new_staging(output)
+        os.rename(folder, staging)  # from here on, no late task changes anything
         try:
             _check_complete(staging, plan)
             _begin_publishing(staging)
@@ -333,7 +330,7 @@ def _begin_publishing(staging: str) -> None:
     path = os.path.join(staging, MARKER)
     try:
         with open(path, "xb"):
-            sync_folder(staging)
+            settle(staging)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(path)
@@ -348,13 +345,13 @@ def _move_shards(staging: str, total_shards: int) -> None:
     for name in filter(SHARD_PATTERN.fullmatch, os.listdir(output)):
         if shard_number(name) >= total_shards:  # of a larger dataset
             os.unlink(os.path.join(output, name))
-    sync_folder(output)
+    settle(output)
     _remove_staging(staging)
 
 
-def sync_folder(folder: str | os.PathLike[str]) -> None:
+def settle(output: str) -> None:
     """Flush the names in a folder to the disk, as fsync does for the content of a file."""
-    fd = os.open(folder, os.O_RDONLY)
+    fd = os.open(output, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:
@@ -364,24 +361,12 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(fd)
 
 
-def settle(output: str) -> None:
-    """Flush the names of single shards to the disk."""
-    sync_folder(output)
-
-
 # ---------------------------------------------------------------- staging folders
 
 
 def _new_staging(output: str) -> str:
     """Return the path of a staging folder that no other run has."""
     return os.path.join(output, STAGING + secrets.token_hex(8))
-
-
-def _move_staging(staging: str) -> str:
-    """Give a staging folder a new name, so that late tasks find their folder gone; return it."""
-    new = _new_staging(os.path.dirname(staging))
-    os.rename(staging, new)
-    return new
 
 
 def _remove_staging(staging: str) -> None:

@@ -178,7 +178,8 @@ def _opening(folder: str) -> Iterator[tuple[str, BinaryIO]]:
         with open(path, "rb") as stream:
             yield path, stream
     except FileNotFoundError:
-        raise PackError(f"{path!r} is gone: the run was published, resumed or removed") from None
+        why = "the run was published, resumed in a new folder, or removed"
+        raise PackError(f"{path!r} is gone: {why}") from None
 
 
 @contextlib.contextmanager
