@@ -117,9 +117,9 @@ def check_address(address: str) -> None:
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OverflowError, ValueError):
-        raise InputError(f"--address {address!r}: give HOST:PORT, auto or local") from None
+        raise InputError(f"cluster at {address!r}: give HOST:PORT, auto or local") from None
     except OSError as error:
-        raise PackError(f"--address {address!r}: {error}; see README, On a cluster") from None
+        raise PackError(f"cluster at {address!r}: {error}; see README, On a cluster") from None
 
 
 def shipped_modules() -> list[str]:
@@ -155,7 +155,7 @@ def connect(address: str | None, num_workers: int | None) -> int:
         if address is None:
             raise PackError(f"Ray does not start: {reason}") from None
         cure = "is RAY_AUTH_MODE=token set, and the token the cluster's? see README, On a cluster"
-        raise PackError(f"--address {address!r}: {reason}; {cure}") from None
+        raise PackError(f"cluster at {address!r}: {reason}; {cure}") from None
     return num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
