@@ -84,11 +84,11 @@ def create_webdataset(
     )
     check_shard_numbers(total_shards, len(listing.samples), shard_id)
     samples = deal(listing.samples, shard_id, total_shards)  # [shard_id::total_shards]
-    where = output_at(output)
-    where.check_output(os.fspath(output), listing)
-    where.prepare(os.fspath(output), [shard_id], total_shards)
-    shard = write_shard(listing.source, samples, output, shard_id, progress)
-    where.settle(os.fspath(output))
+    where, folder = output_at(output), os.fspath(output)
+    where.check_output(folder, listing)
+    where.prepare(folder, [shard_id], total_shards)
+    shard = write_shard(listing.source, samples, folder, shard_id, progress)
+    where.settle(folder)
     return shard
 
 

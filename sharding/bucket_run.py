@@ -278,7 +278,7 @@ def may_write(folder: str) -> bool:  # noqa: ARG001
     return True
 
 
-# ---------------------------------------------------------------- names
+# ---------------------------------------------------------------- records
 
 
 def _records_of(folder: str) -> tuple[Any, str]:

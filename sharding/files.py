@@ -136,13 +136,13 @@ def may_read(source: str, paths: Iterable[str]) -> bool:
 
 
 @contextlib.contextmanager
-def open_file(source: str | os.PathLike[str], path: str) -> Iterator[tuple[BinaryIO, int]]:
+def open_file(source: str, path: str) -> Iterator[tuple[BinaryIO, int]]:
     """Open one file, of any size; give the stream and its size."""
     with open(os.path.join(source, path), "rb") as stream:
         yield stream, os.fstat(stream.fileno()).st_size
 
 
-def stamp_of(source: str | os.PathLike[str], samples: Iterable[Sample]) -> str:
+def stamp_of(source: str, samples: Iterable[Sample]) -> str:
     """Return the stamp of samples as they are now; reading them gives the same if none changed."""
     seen = new_stamp()
     for sample in samples:
@@ -152,9 +152,7 @@ def stamp_of(source: str | os.PathLike[str], samples: Iterable[Sample]) -> str:
     return seen.hexdigest()
 
 
-def read_batches(
-    source: str | os.PathLike[str], samples: Iterable[Sample]
-) -> Generator[Batch, None, None]:
+def read_batches(source: str, samples: Iterable[Sample]) -> Generator[Batch, None, None]:
     """Yield all samples in order, a batch at a time; read ahead once files open slowly.
 
     Many reads at a time hide the latency of NFS, Lustre or a cloud disk; on a fast disk, threads

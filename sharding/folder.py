@@ -19,7 +19,7 @@ STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run'
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 
 
-def staging_folders(output: str | os.PathLike[str]) -> list[str]:
+def staging_folders(output: str) -> list[str]:
     """Return the staging folders that runs have left in an output."""
     return [
         entry.path
@@ -38,7 +38,7 @@ def is_publishing(staging: str) -> bool:
     return os.path.exists(os.path.join(staging, MARKER))
 
 
-def cut_short(output: str | os.PathLike[str]) -> list[str]:
+def cut_short(output: str) -> list[str]:
     """Return the staging folders of runs that were cut short while they were publishing."""
     return list(filter(is_publishing, staging_folders(output)))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import os
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,11 +98,9 @@ def may_read(source: str, paths: list[str]) -> bool:  # noqa: ARG001
     return True
 
 
-def read_batches(
-    source: str | os.PathLike[str], samples: Iterable[Sample]
-) -> Generator[Batch, None, None]:
+def read_batches(source: str, samples: Iterable[Sample]) -> Generator[Batch, None, None]:
     """Yield each sample in order, read ahead by many threads."""
-    read = functools.partial(_read_batch, os.fspath(source))
+    read = functools.partial(_read_batch, source)
     pool = ThreadPoolExecutor(READ_THREADS)
     try:
         yield from in_order(pool, read, ([s] for s in samples), AHEAD_BYTES, _weigh)
@@ -171,7 +168,7 @@ class LargeObject:
                 ranges.seek(len(piece), io.SEEK_CUR)
 
 
-def stamp_of(source: str | os.PathLike[str], samples: Iterable[Sample]) -> str:  # noqa: ARG001
+def stamp_of(source: str, samples: Iterable[Sample]) -> str:  # noqa: ARG001
     """Return the stamp of samples, from what their listing said."""
     seen = new_stamp()
     for sample in samples:
@@ -181,8 +178,8 @@ def stamp_of(source: str | os.PathLike[str], samples: Iterable[Sample]) -> str: 
 
 
 @contextlib.contextmanager
-def open_file(source: str | os.PathLike[str], path: str) -> Iterator[tuple[BinaryIO, int]]:
+def open_file(source: str, path: str) -> Iterator[tuple[BinaryIO, int]]:
     """Open one object, of any size; give the stream and its size."""
-    raw: Any = Ranges(f"{os.fspath(source)}/{path}")
+    raw: Any = Ranges(f"{source}/{path}")
     with io.BufferedReader(raw, 1 << 20) as stream:
         yield stream, raw.size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
@@ -15,9 +14,9 @@ from sharding.shards import Progress, Shard
 
 
 def begin_shard(
-    source: str | os.PathLike[str],
+    source: str,
     samples: Sequence[Sample],
-    folder: str | os.PathLike[str],
+    folder: str,
     shard_id: int,
     progress: Progress | None = None,
     staged: bool = False,
@@ -35,7 +34,7 @@ def begin_shard(
         PackError, OSError: packing failed, now or in the last step; no shard appeared.
     """
     with contextlib.ExitStack() as stack:
-        new = stack.enter_context(output_at(folder).new_shard(os.fspath(folder), shard_id))
+        new = stack.enter_context(output_at(folder).new_shard(folder, shard_id))
         stamp = write_samples(new.stream, source, samples, progress)
         if staged:
             new.stamp = stamp
@@ -49,9 +48,9 @@ def begin_shard(
 
 
 def write_shard(
-    source: str | os.PathLike[str],
+    source: str,
     samples: Sequence[Sample],
-    folder: str | os.PathLike[str],
+    folder: str,
     shard_id: int,
     progress: Progress | None = None,
 ) -> Shard:
@@ -65,7 +64,7 @@ def write_shard(
 
 def write_samples(
     stream: BinaryIO,
-    source: str | os.PathLike[str],
+    source: str,
     samples: Sequence[Sample],
     progress: Progress | None = None,
 ) -> str:

@@ -137,9 +137,7 @@ class Source(Protocol):
     def listed_bytes(self, samples: Iterable[Sample]) -> int:
         """Return the bytes that must be fetched to pack these samples."""
 
-    def read_batches(
-        self, source: str | os.PathLike[str], samples: Iterable[Sample]
-    ) -> Generator[Batch, None, None]:
+    def read_batches(self, source: str, samples: Iterable[Sample]) -> Generator[Batch, None, None]:
         """Yield all samples in order, a batch at a time, read ahead where files open slowly.
 
         Raises:
@@ -147,12 +145,10 @@ class Source(Protocol):
             OSError: a file cannot be read; it names the file.
         """
 
-    def stamp_of(self, source: str | os.PathLike[str], samples: Iterable[Sample]) -> str:
+    def stamp_of(self, source: str, samples: Iterable[Sample]) -> str:
         """Return the stamp of samples as they are now; reading them gives it if none changed."""
 
-    def open_file(
-        self, source: str | os.PathLike[str], path: str
-    ) -> AbstractContextManager[tuple[BinaryIO, int]]:
+    def open_file(self, source: str, path: str) -> AbstractContextManager[tuple[BinaryIO, int]]:
         """Open one file, of any size; the context gives the stream and its size in bytes."""
 
 

@@ -121,12 +121,8 @@ def begin_pack(run: Run, shard_id: int, progress: Progress | None = None) -> Cal
     return lambda: finish()._replace(how=how)
 
 
-class DriverGone(StopRun):
-    """The process that started a run has ended, so nobody would publish it."""
-
-
 def check_driver(run: Run, parent: int) -> None:
-    """Raise DriverGone if the driver of a run, or the parent that a worker had, is gone."""
+    """Raise StopRun if the driver of a run, or the parent that a worker had, is gone."""
     if run.plan.driver is None:
         return
     try:
@@ -136,7 +132,7 @@ def check_driver(run: Run, parent: int) -> None:
     except PermissionError:
         pass
     if os.getppid() != parent:
-        raise DriverGone("the driver is gone, so its workers stop")
+        raise StopRun("the driver is gone, so its workers stop")
 
 
 def finish(run: Run) -> str:

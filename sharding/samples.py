@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     key: str
     stem: str  # another string than the key where dots in it were replaced
     extensions: tuple[str, ...]  # as they are spelled, in the order of their fields
-    listed: str = ""  # of a bucket: the version of each file; see objects.py
+    listed: str = ""  # of a bucket: the version of each file; see store.version_of
 
     def files(self) -> list[str]:
         """Return the paths of the sample's files below the source."""

@@ -58,7 +58,7 @@ class Task(NamedTuple):
 
     path: str
     decode: bool = False
-    source: str | os.PathLike[str] = ""
+    source: str = ""
     samples: Sequence[Sample] = ()  # that the source, if any, has for this shard
 
 
@@ -327,7 +327,7 @@ def _file_of(sample: Sample | None, member: str) -> str | None:
 
 
 def _compare_content(
-    source: str | os.PathLike[str], path: str, member: str, stream: BinaryIO, length: int
+    source: str, path: str, member: str, stream: BinaryIO, length: int
 ) -> Iterator[Fault]:
     """Yield what is wrong with a member's content, compared with its file; the stream stays."""
     with source_at(source).open_file(source, path) as (file, size):
