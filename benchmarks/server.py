@@ -53,6 +53,14 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
+def weed_command(folder: Path) -> tuple[list[str], int]:
+    """Return the arguments of a SeaweedFS with its data in a folder, and the port of its S3."""
+    s3, volume, master, filer = free_ports(4)
+    ports = f"-s3.port={s3} -volume.port={volume} -master.port={master} -filer.port={filer}"
+    where = f"-dir={folder} -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.volumeSizeLimitMB=1024"
+    return [f"-logdir={folder}", "server", *f"{where} {ports} {FLAGS}".split()], s3
+
+
 class Server:
     """SeaweedFS, with the data in a folder of its own; `env` leads to it."""
 
@@ -64,13 +72,10 @@ class Server:
         self.folder = folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        s3, volume, master, filer = free_ports(4)
-        ports = f"-s3.port={s3} -volume.port={volume} -master.port={master} -filer.port={filer}"
-        where = f"-dir={folder} -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.volumeSizeLimitMB=1024"
-        flags = f"{where} {ports} {FLAGS}".split()
+        command, port = weed_command(folder)
         adopt_orphans(False)
         self.process = subprocess.Popen(
-            ["sh", "-c", HOLD, "sh", weed, f"-logdir={folder}", "server", *flags],
+            ["sh", "-c", HOLD, "sh", weed, *command],
             env={**os.environ, **KEYS},
             cwd=folder,
             stdin=subprocess.PIPE,
@@ -78,7 +83,7 @@ class Server:
         )
         self.process.wait()
         adopt_orphans(True)
-        url = f"http://127.0.0.1:{s3}"
+        url = f"http://127.0.0.1:{port}"
         self.env = {**KEYS, "AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1"}
         # What boto3 and mosaicml-streaming ask for.
         self.env |= {"AWS_DEFAULT_REGION": "us-east-1", "S3_ENDPOINT_URL": url}

@@ -24,6 +24,7 @@ import obstore
 import pytest
 from obstore.store import S3Store
 from PIL import Image
+from server import weed_command  # of benchmarks/
 
 ROOT = Path(__file__).resolve().parent.parent
 MakeSource = Callable[..., Path]
@@ -116,37 +117,21 @@ def source_1003(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 KEYS = {"AWS_ACCESS_KEY_ID": "a-key", "AWS_SECRET_ACCESS_KEY": "a-secret-of-tests"}
-FLAGS = "-filer -s3 -s3.port.iceberg=0 -s3.port.lance=0 -master.telemetry=false -volume.max=20"
-
-
-def free_ports(number: int) -> list[int]:
-    """Return ports that nothing listens on; ports 10,000 above them are free, too."""
-    ports: list[int] = []
-    while len(ports) < number:
-        port = random.randrange(12_000, 30_000)
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for each in (port, port + 10_000):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", each))
-            ports.append(port)
-    return ports
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A real S3 server on the loopback address; gives the environment that leads to it."""
     folder = tmp_path_factory.mktemp("weed")
-    s3, volume, master, filer = free_ports(4)
-    ports = f"-s3.port={s3} -volume.port={volume} -master.port={master} -filer.port={filer}"
-    where = f"-dir={folder} -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.volumeSizeLimitMB=1024"
-    weed = str(Path(sys.executable).with_name("weed"))
+    weed, port = weed_command(folder)
     process = subprocess.Popen(
-        [weed, "-logdir", str(folder), "server", *f"{where} {ports} {FLAGS}".split()],
+        [str(Path(sys.executable).with_name("weed")), *weed],
         env={**os.environ, **KEYS},
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=(folder / "log").open("wb"),
     )
-    environment = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3}"}
+    environment = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     deadline = time.monotonic() + 60
     while True:
         try:

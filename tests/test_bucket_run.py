@@ -20,13 +20,13 @@ from conftest import (
     ROOT,
     Bucket,
     bucket_of,
-    free_ports,
     hashes,
     run_script,
     slow_proxy,
     start_packing,
     write_pairs,
 )
+from server import free_ports
 
 from create_webdataset import create_webdataset
 from create_webdataset import main as create
