@@ -111,6 +111,9 @@ def table(rows: Sequence[Row]) -> str:
 
 # ---------------------------------------------------------------- verdicts
 
+EMPTY = "empty Ray, start and stop"
+WDS = "plain loop over wds.WebDataset"
+
 
 class Runs:
     """What the targets ask of the measured runs; a KeyError says that they were not made.
@@ -144,12 +147,6 @@ class Runs:
         one = self.wall("ray", "create_with_ray.py, 100k, 1 worker")
         two = self.wall("ray", "create_with_ray.py, 100k, 2 workers")
         return [(a - c) / (b - c) for a, b, c in zip(one, two, empty, strict=False)]
-
-
-EMPTY = "empty Ray, start and stop"
-
-
-WDS = "plain loop over wds.WebDataset"
 
 
 class Target(NamedTuple):
