@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.errors import PackError
-from sharding.plan import PLAN, Plan, read_plan, read_shards, write_plan
+from sharding.plan import PLAN, Plan, load_shards, read_plan, read_shards, write_plan
 from sharding.samples import Sample, deal
 
 KEYS = st.text('a/[,"\r\x85\u2028é ', min_size=1, max_size=6)
@@ -53,3 +54,8 @@ def test_damage_is_named(content: str | None, tmp_path: Path) -> None:
         read_plan(str(tmp_path))
     with pytest.raises(PackError, match=message):
         list(read_shards(str(tmp_path), [0]))
+
+
+def test_a_damaged_plan_in_a_bucket() -> None:
+    with pytest.raises(PackError, match="remove it and all objects beside it"):
+        list(load_shards(io.BytesIO(b"{}"), [0], "s3://photos/shards/.webdataset-plan"))
