@@ -115,6 +115,8 @@ def check_dataset(
     here = set(map(shard_number, shards))
     for number in sorted(set(range(total)) - here) if whole else ():
         faults.add("missing shard", shard_name(number), shard_name(number))
+    folders = {os.path.dirname(shard) for shard in shards}
+    label = os.path.basename if len(folders) == 1 else str  # of a shard, in messages
     reports: list[Checked] = []
     try:
         # A process that is forked from one that used a store cannot use it.
@@ -123,12 +125,12 @@ def check_dataset(
             progress()
             reports.append(report)
             for kind, name, text in report.faults:
-                faults.add(kind, name, f"{os.path.basename(report.path)}: {text}")
+                faults.add(kind, name, f"{label(report.path)}: {text}")
     except BrokenProcessPool:
         reason = "is there memory for --num-workers?"
         raise PackError(f"a checking process was killed; {reason}") from None
-    compare_fields(reports, fields, faults)
-    compare_shards(reports, listed, total, faults)
+    compare_fields(reports, fields, faults, label)
+    compare_shards(reports, listed, total, faults, label)
     return reports
 
 
@@ -177,12 +179,16 @@ def _first_keys(shard: str) -> list[str]:
 
 
 def compare_shards(
-    reports: Sequence[Checked], listed: Sequence[Sample], total: int, faults: Faults
+    reports: Sequence[Checked],
+    listed: Sequence[Sample],
+    total: int,
+    faults: Faults,
+    label: Callable[[str], str],
 ) -> None:
     """Note keys in two shards, and what a source has that they have not."""
     places: dict[str, str] = {}
     for report in reports:
-        name = os.path.basename(report.path)
+        name = label(report.path)
         for key in report.keys:
             if key in places and places[key] != name:
                 faults.add("key in two shards", key, f"{key!r} in {places[key]} and {name}")
@@ -207,7 +213,9 @@ def compare_shards(
         faults.add("extra sample, not in the source", key, f"{key!r} in {name}")
 
 
-def compare_fields(reports: Sequence[Checked], fields: Fields, faults: Faults) -> None:
+def compare_fields(
+    reports: Sequence[Checked], fields: Fields, faults: Faults, label: Callable[[str], str]
+) -> None:
     """Note samples that have other fields than most, unless all are as `fields` says."""
 
     def shape(found: tuple[str, ...]) -> tuple[str, ...] | Fields:
@@ -223,7 +231,7 @@ def compare_fields(reports: Sequence[Checked], fields: Fields, faults: Faults) -
     for report in reports:
         for found, (_, keys) in report.field_sets.items():
             for key in keys if shape(found) != usual else ():
-                text = f"{os.path.basename(report.path)}: {key!r} has {', '.join(found)}"
+                text = f"{label(report.path)}: {key!r} has {', '.join(found)}"
                 faults.add(kind, key, text)
 
 

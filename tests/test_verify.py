@@ -119,6 +119,16 @@ def test_how_to_pack_a_shard_again(good: tuple[Path, Path], tmp_path: Path, capf
     assert code == 1 and cure in err, err
 
 
+def test_datasets_side_by_side(good: tuple[Path, Path], tmp_path: Path, capfd) -> None:
+    """A pattern finds keys that two folders share, though their shards have the same names."""
+    shutil.copytree(good[1], tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    shutil.copy(good[1] / "shard-000003.tar", tmp_path / "b")
+    code, err = check(tmp_path / "?" / "*.tar", capfd)
+    pair = f"in {tmp_path}/a/shard-000003.tar and {tmp_path}/b/shard-000003.tar"
+    assert code == 1 and "key in two shards: " in err and pair in err, err
+
+
 def test_an_empty_shard_too_many(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """wds.TarWriter writes such a shard when it gets no samples."""
     source, output = write_pairs(tmp_path / "source", 2), tmp_path / "output"
@@ -442,7 +452,7 @@ def test_decode_and_preview(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         assert sheet.size == (4 * 160, 2 * 204)
         colours = {sheet.getpixel((column * 160 + 80, 30)) for column in range(4)}
         assert len(colours) >= 2
-    for wrong in (["x.nope"], ["x.psd"], ["x"], ["x.png", "--limit=1001"]):
+    for wrong in (["x.nope"], ["x.psd"], ["x"], ["no/x.png"], ["x.png", "--limit=1001"]):
         assert reader.main(["--path", str(tmp_path / "o"), "--preview", *wrong]) == 2
         out, err = capfd.readouterr()
         assert not out and "--preview" in err and err.count("\n") == 1, err
