@@ -25,6 +25,7 @@ from sharding.places import source_at
 from sharding.samples import Fields, Sample, judge, name_fault, parse_fields
 from sharding.urls import canonical, is_url
 
+PICTURES = frozenset(("bmp", "gif", "heic", "heif", "jpeg", "jpg", "png", "tif", "tiff", "webp"))
 MAX_GROWN = 100_000  # entries of a table that only saves time
 
 
@@ -250,10 +251,12 @@ class Scan:
         if not self.samples:
             pair = [f"sample-0.{entry[0]}" for entry in self.fields.required]
             cure = f"put pairs such as {' + '.join(pair)} there, or give other {argument('fields')}"
-            cure += faults.left_out("ignored", self.ignored)
+            cure += self.hint() + faults.left_out("ignored", self.ignored)
             cure += faults.left_out("skipped", self.skipped())
             if not self.ignored and not self.tallies:
                 cure += ", or make some with ./make_dummy_data.sh"
+                if is_url(self.source):
+                    cure = "there is nothing; are bucket and prefix right?"
             raise InputError(f"{where} has no complete sample: {cure}")
 
     def hint(self) -> str:
@@ -262,18 +265,30 @@ class Scan:
             one, two = map(quote, self.same_form)
             return f"; {one} and {two} differ in Unicode form alone (NFC, NFD): give both one form"
         fields = [";".join(entry) for entry in self.fields.required]
-        lacking, number = self.lacking.most_common(1)[0] if self.lacking else ("", 0)
-        extension, there = self.unknown.most_common(1)[0] if self.unknown else ("", 0)
-        if lacking and extension and there >= number:
-            fields[fields.index(lacking)] = f"{lacking};{extension}" if self.samples else extension
-            spelled = f'{argument("fields")} "{",".join(fields)}"'
-            return f"; .{extension} files are there ({there:,}): {spelled}?"
+        spelled, found = list(fields), []
+        for place, entry in enumerate(fields):
+            fitting = self.fitting(entry)
+            there, number = sum(self.unknown[one] for one in fitting), self.lacking[entry]
+            if there >= number > 0 or not (self.lacking or self.samples):
+                spelled[place] = ";".join([entry, *fitting] if self.samples else fitting or [entry])
+                found += fitting
+        if found:
+            files = f"{' and '.join(f'.{one}' for one in found)} files are there"
+            numbers = ", ".join(f"{self.unknown[one]:,}" for one in found)
+            return f'; {files} ({numbers}): {argument("fields")} "{",".join(spelled)}"?'
         if len(self.lacking) > 1 and not self.samples:
             either = ";".join(sorted(self.lacking))
             rest = [field for field in fields if field not in self.lacking]
-            spelled = f'{argument("fields")} "{",".join([either, *rest])}"'
-            return f"; if each sample has one of these: {spelled}"
+            flag = f'{argument("fields")} "{",".join([either, *rest])}"'
+            return f"; if each sample has one of these: {flag}"
         return ""
+
+    def fitting(self, entry: str) -> list[str]:
+        """Return extensions that are no fields, but may be meant by an entry."""
+        ranked = sorted(self.unknown, key=lambda one: (-self.unknown[one], one))
+        if PICTURES.intersection(entry.split(";")):
+            return [one for one in ranked if one in PICTURES]
+        return [one for one in ranked if one.rpartition(".")[2] not in PICTURES][:1]
 
 
 def _shuffle_rank(seed: int, sample: Sample) -> bytes:

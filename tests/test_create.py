@@ -81,6 +81,22 @@ REFUSED = [
         [],
         r"6 .'0.txt' has no .jpg, .*; .jpeg files are there .6.: --fields .jpeg,txt.[?];",
     ),
+    (
+        files("a.jpg", "a.txt", "b.jpeg", "b.txt", "c.heic", "c.txt", "d.png", "d.caption"),
+        [],
+        r".heic and .jpeg and .png files are there .1, 1, 1.: --fields .jpg;heic;jpeg;png,txt.[?]",
+    ),
+    (  # a picture is no caption
+        files("a.jpg", "a.txt", "b.jpg", "c.heic"),
+        [],
+        r"1 .'b.jpg' has no .txt.; add it, or give other --fields or --optional-fields; --skip",
+    ),
+    (
+        files("a.jpeg", "a.caption", "b.png", "b.caption"),
+        [],
+        r"no complete sample.*; .jpeg and .png and .caption files are there .1, 1, 2.: "
+        r"--fields .jpeg;png,caption.[?]; ignored:",
+    ),
     (fifo, [], "lack a field: 1 .'a.jpg' is no regular file."),
     (dangling, [], "lack a field: 1 .'a.jpg' is no regular file."),
     (circle, [], "lack a field: 1 .'a.jpg' is no regular file."),

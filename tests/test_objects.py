@@ -150,5 +150,6 @@ def test_reads_are_ahead_and_bounded(bucket: Bucket, monkeypatch) -> None:
 def test_an_empty_prefix(bucket: Bucket, capsys, tmp_path: Path) -> None:
     flags = ["--output", str(tmp_path / "o"), "--shard-id=0", "--total-shards=1"]
     assert create(["--source", f"{bucket.url}/none", *flags]) == 2
-    assert "has no complete sample" in capsys.readouterr().err
+    cure = "has no complete sample: there is nothing; are bucket and prefix right?"
+    assert cure in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
