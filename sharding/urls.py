@@ -20,8 +20,10 @@ def is_url(path: str | os.PathLike[str], name: str = "") -> bool:
         InputError: it is another URL; it would become a folder of that name.
     """
     scheme = _URL.match(os.fspath(path))
+    which = f"{argument(name)} " if name else ""
+    if not scheme and os.fspath(path).startswith("s3:/"):
+        raise InputError(f"{which}{path!r}: give s3://BUCKET/KEY, with two slashes")
     if scheme and scheme[1] != "s3":
-        which = f"{argument(name)} " if name else ""
         cure = "give a folder or s3://BUCKET/KEY"
         raise InputError(f"{which}{path!r}: such URLs are not supported; {cure}")
     return bool(scheme)

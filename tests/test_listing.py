@@ -222,7 +222,7 @@ def test_many_faults_are_cheap(tmp_path: Path) -> None:
         assert time.process_time() - began < 2
 
 
-URLS = ["gs://b/x", "hf://datasets/x", "http://127.0.0.1:9/x", "file:///tmp/x"]
+URLS = ["gs://b/x", "hf://datasets/x", "http://127.0.0.1:9/x", "file:///tmp/x", "s3:/b/x"]
 
 
 @pytest.mark.parametrize("url", URLS)
@@ -232,7 +232,8 @@ def test_urls_are_refused(driver: str, flag: str, url: str, tmp_path: Path) -> N
     source = write_pairs(tmp_path / "s", 4)
     flags = ["--source", source, "--output", "o", flag, url]
     done = run_script(driver, *flags, cwd=tmp_path)
-    assert done.returncode == 2 and f"'{url}': such URLs are not" in done.stderr, done
+    cure = "with two slashes" if url == "s3:/b/x" else "such URLs are not supported"
+    assert done.returncode == 2 and f"{flag} '{url}': " in done.stderr and cure in done.stderr, done
     assert os.listdir(tmp_path) == ["s"]
 
 
@@ -445,7 +446,7 @@ def test_a_report_harms_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
     for path, message in (
         (tmp_path / "link", "is inside"),
         ("/dev/null", "is no place for a file"),
-        (tmp_path / "no" / "folder", "is no place for a file"),
+        (tmp_path / "no" / "folder", "its folder does not exist"),
         ("", "is no place for a file"),
     ):
         assert core.main([*flags, "--shard-id=0", "--report", str(path)]) == 2
