@@ -189,7 +189,8 @@ def check_nodes(run: Run, signals: Signals) -> None:
                 if reason := ray.get(done):
                     problems[name] = reason
             except ray.exceptions.RayError as error:
-                raise PackError(f"node {name} cannot run tasks: {explain(error)}") from None
+                cure = "if it is gone, wait until `ray status` does not list it any more"
+                raise PackError(f"node {name} runs no tasks: {explain(error)}; {cure}") from None
     if problems:
         raise PackError(
             f"nodes {', '.join(sorted(problems))} do not see the files that this machine sees "

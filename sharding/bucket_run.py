@@ -124,9 +124,10 @@ def begin(
             raise PackError(f"{output!r}: another run has just taken it over")
     else:
         if any(map(SHARD_PATTERN.fullmatch, found)):
+            nothing = "nothing to resume: " if resume else ""
             raise InputError(
-                f"{argument('output')} {output!r} holds a dataset, and a store has no rename, so "
-                "none is replaced: choose another, or delete that one first"
+                f"{nothing}{argument('output')} {output!r} holds a dataset, and a store has no "
+                "rename, so none is replaced: choose another, or delete that one first"
             )
         if resume:
             warn("nothing to resume; packing all shards")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from sharding.errors import InputError, argument, count
+from sharding.errors import InputError, argument, count, naming
 
 SHOWN = 5  # names of a kind that are shown
 LISTED = 10  # kinds that a summary names
@@ -76,7 +76,11 @@ class Report:
         self.open()
         if self.stream:
             line = json.dumps({"name": name, "reason": reason, "detail": detail})
-            self.stream.write(line + "\n")
+            try:
+                self.stream.write(line + "\n")
+            except OSError as error:
+                error.filename = self.path
+                raise
 
 
 @contextlib.contextmanager
@@ -94,15 +98,17 @@ def open_report(path: str | None, *folders: str | os.PathLike[str] | None) -> It
             if folder is not None and Path(real).is_relative_to(os.path.realpath(folder)):
                 where = f"{name} is inside {os.fspath(folder)!r}"
                 raise InputError(f"{where}; choose a place elsewhere")
-        taken = os.path.exists(real) and not os.path.isfile(real)
-        if taken or not os.path.isdir(os.path.dirname(real)):
+        if not os.path.isdir(os.path.dirname(real)):
+            raise InputError(f"{name}: its folder does not exist; make it")
+        if os.path.exists(real) and not os.path.isfile(real):
             raise InputError(f"{name} is no place for a file")
     try:
         yield report
         report.open()  # also where there is nothing to report
     finally:
         if report.stream:
-            report.stream.close()
+            with naming(report.path or ""):
+                report.stream.close()
 
 
 class Tally:

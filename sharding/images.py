@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
 
-from sharding.errors import InputError, argument
+from sharding.errors import InputError, argument, naming
 
 # Formats that Pillow decodes itself, and their endings: for some others (EPS) it runs programs.
 FORMATS = ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
@@ -67,6 +67,8 @@ def check_preview(target: str, limit: int) -> None:
     flag = argument("preview")
     if Image.EXTENSION.get(os.path.splitext(target)[1].lower()) not in Image.SAVE:
         raise InputError(f"{flag} {target!r}: no ending of an image, such as .png")
+    if not os.path.isdir(os.path.dirname(target) or os.curdir):
+        raise InputError(f"{flag} {target!r}: its folder does not exist; make it")
     if limit > MAX_PREVIEW:
         smaller = f"choose a smaller {argument('limit')}"
         raise InputError(f"{flag} draws at most {MAX_PREVIEW:,} samples; {smaller}")
@@ -93,7 +95,8 @@ def draw_preview(pictures: Sequence[tuple[bytes, Sequence[str]]], target: str) -
             sheet.paste(small, (left + 8, top + 8))
         for line, text in enumerate(lines):
             draw.text((left + 8, top + side + 13 * line), text, fill="black")
-    sheet.save(target)
+    with naming(target):
+        sheet.save(target)
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:

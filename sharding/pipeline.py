@@ -21,6 +21,8 @@ from sharding.errors import InputError, PackError, count
 from sharding.places import dataset_at
 from sharding.reading import Later, read_samples
 
+ANEW = "else begin the epoch anew: call set_epoch in place of load_state_dict"
+
 
 class Position:
     """Where a pipeline is in its epochs; its stages share it."""
@@ -42,7 +44,7 @@ class Position:
         _, ranks, worker, workers = pytorch_worker_info()
         if self.readers not in (None, [ranks, workers]):
             was = "{} ranks with {} workers".format(*self.readers or ())
-            raise PackError(f"the state is of {was} each, not of {ranks} with {workers}")
+            raise PackError(f"the state is of {was} each, not of {ranks} with {workers}; {ANEW}")
         if not self.fixed:
             self.epoch += 1
             self.seen = 0
@@ -164,7 +166,7 @@ class ReadShards:
             size = dataset_at(path).shard_size(path)
             number, known_size = position.counts.get(path, (0, size))
             if known_size != size:
-                raise PackError(f"{path!r} is another shard than when the state was saved")
+                raise PackError(f"{path!r} is another shard than when the state was saved; {ANEW}")
             if number and position.to_skip > 0:
                 yield from ({"__url__": path, "__place__": place} for place in range(number))
                 continue
@@ -296,7 +298,9 @@ class MakeTuples:
         else:
             if entry in self.optional:
                 return None
-            raise PackError(f"{_name(sample)} has no field {entry!r}")
+            raise PackError(
+                f"{_name(sample)} has no field {entry!r}; see fields= and optional_fields="
+            )
         data = sample[field]
         if isinstance(data, Later):
             data = data.read()
