@@ -86,7 +86,7 @@ def test_commands(project: Path) -> None:
         for line in block.splitlines()
         if line.startswith(("python ", "./", "(cd "))
     ]
-    assert len(commands) == 5
+    assert len(commands) == 7
     for command in commands:
         run(command, project)
     proofs = re.findall(r"^\$ (python read.* --source [^:\n]*)\n(.*)$", README, re.M)
@@ -98,6 +98,18 @@ def test_commands(project: Path) -> None:
     )
     run(preview, project)
     assert (project / "preview.png").stat().st_size > 1_000
+
+
+def test_broken_pictures_go(project: Path) -> None:
+    """The two lines that delete what cannot be decoded, and nothing else."""
+    run("./make_dummy_data.sh", project)
+    (project / "source_data" / "sample-3.jpg").write_bytes(b"broken")
+    run("./run_parallel.sh", project)
+    find, delete = re.findall(r"^python .*faults\.jsonl.*", README, re.MULTILINE)
+    run(f"! {find}", project)
+    run(delete, project)
+    assert "9 samples in 4 shards" in run("./run_parallel.sh --skip-bad", project)
+    assert run("ls source_data/*.jpg", project).count("\n") == 9
 
 
 def test_worked_example(tmp_path: Path) -> None:
