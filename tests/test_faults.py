@@ -28,7 +28,7 @@ from sharding import folder, folder_run
 from sharding.errors import PackError, explain
 from sharding.listing import list_samples
 from sharding.plan import PLAN, Plan
-from sharding.run import Run, finish, pack
+from sharding.run import STOPPING, Run, finish, pack
 from sharding.run import start as start_run
 from sharding.shards import PARTIAL_PATTERN, SHARD_PATTERN, STAGED_PATTERN, shard_name
 
@@ -169,8 +169,9 @@ def test_kill_in_the_middle_of_publishing(
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
 
-    assert read_webdataset.main(["--path", str(output)]) == 1
-    assert "publishing was interrupted" in capfd.readouterr().err
+    for path in (output, output / "shard-*.tar"):
+        assert read_webdataset.main(["--path", str(path)]) == 1
+        assert "publishing was interrupted" in capfd.readouterr().err
     direct = ["--source", str(source), "--output", str(output)]
     assert core.main([*direct, "--shard-id=0", f"--total-shards={SHARDS}"]) == 1
     assert "publishing was interrupted" in capfd.readouterr().err
@@ -212,14 +213,16 @@ def test_resume_after_changes(tmp_path: Path) -> None:
     assert done.returncode == 0 and "kept" not in done.stdout
     assert "not resumed but packed afresh: the interrupted run has other samples" in done.stderr
     keys = sorted(path.stem for path in source.glob("*.jpg"))
-    changed = next(key for key in keys[1::4] if key != "sample-9")
-    (source / f"{changed}.txt").write_bytes(b"changed since it was packed")
+    changed = keys[1]
+    before = (source / f"{changed}.txt").stat()
+    (source / f"{changed}.txt").write_bytes(b"changed since it was packed, to another size")
+    os.utime(source / f"{changed}.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (source / f"{keys[2]}.jpg").write_bytes(bytes((source / f"{keys[2]}.jpg").stat().st_size))
     done = run_script("run_parallel.sh", *base, "--resume")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     failed = keys.index("sample-9") % 4
-    expected = dict.fromkeys(range(4), "kept") | {1: "created again"}
-    expected[failed] = "created"
+    expected = {0: "kept", 1: "created again", 2: "created again", failed: "created"}
     for shard_id, how in expected.items():
         assert f"Shard {shard_id} {how} with 10 samples." in lines, lines
     again = run_script("run_parallel.sh", *base, "--resume")
@@ -244,6 +247,22 @@ def test_a_resume_that_fails_at_its_start_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == 1 and "plan" in done.stderr and not done.stdout, done
     done = run_script("run_parallel.sh", *base, "--resume")
     assert done.returncode == 1 and done.stdout.count("kept") == 3, done
+
+
+def test_resume_takes_the_run_that_came_furthest(tmp_path: Path) -> None:
+    """One that was killed while it took over another has left a plan, and no shards."""
+    source, output = write_pairs(tmp_path / "source", 9), tmp_path / "o"
+    run, lock = start_run(list_samples(source), output=output, total_shards=3, driver=os.getpid())
+    for shard_id in range(2):
+        pack(run, shard_id)
+    os.close(lock)
+    for number in range(8):
+        later = output / f"{folder.STAGING}{number:016x}"
+        later.mkdir()
+        shutil.copy(Path(run.folder) / PLAN, later)
+    done = run_script("run_parallel.sh", *flags(source, output, "--num-shards=3", "--resume"))
+    assert done.returncode == 0 and done.stdout.count("kept with 3 samples") == 2, done
+    assert sorted(os.listdir(output)) == [shard_name(shard_id) for shard_id in range(3)]
 
 
 def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
@@ -354,7 +373,8 @@ def test_file_size_limit(old_and_new, tmp_path: Path) -> None:
         *flags(old_and_new[0], output),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
     )
-    assert done.returncode == 1 and "File too large" in done.stderr
+    assert done.returncode == 1 and "File too large; a file grew beyond the limit" in done.stderr
+    assert re.search(r"Shard 0 failed: '.*/\.shard-000000-[0-9a-f]{8}': File", done.stderr)
     assert "Traceback" not in done.stderr and not shards(output)
 
 
@@ -427,6 +447,15 @@ def test_synced_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "sync out",
         "show .webdataset-gone-STAMP",
     ]
+    direct = ["sync .shard-00000", "show shard-000000.tar", "sync direct"]
+    flags = [f"--source={source}", f"--output={tmp_path / 'direct'}", "--shard-id=0"]
+    for pack_one in (
+        lambda: core.create_webdataset(source, tmp_path / "direct", 0, 1),
+        lambda: core.main([*flags, "--total-shards=1"]),
+    ):
+        calls.clear()
+        pack_one()
+        assert calls == direct
 
 
 def home(place: Path) -> Path:
@@ -548,6 +577,33 @@ def test_a_file_system_that_cannot_sync_a_folder(number: int, preload: str, tmp_
     environment["FSYNC_ERRNO"] = str(errno.EIO)
     done = run_script("run_parallel.sh", *flags(source, tmp_path / "p"), env=environment)
     assert done.returncode == 1 and "Input/output error" in done.stderr
+
+
+def test_signals_wait_until_all_is_published(tmp_path: Path, monkeypatch) -> None:
+    """To end between two renames would leave neither the old dataset nor the new one."""
+    run, _ = start_run(
+        list_samples(write_pairs(tmp_path / "source", 4)), output=tmp_path / "o", total_shards=2
+    )
+    for shard_id in range(2):
+        pack(run, shard_id)
+    heard: list[int] = []
+    before = [signal.signal(number, lambda n, _: heard.append(n)) for number in STOPPING]
+    rename = os.rename
+
+    def interrupted(source: str, target: str) -> None:
+        for number in STOPPING:
+            os.kill(os.getpid(), number)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    try:
+        finish(run)
+        assert not heard and len(shards(tmp_path / "o")) == 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM], "they work again"
+    finally:
+        for number, handler in zip(STOPPING, before, strict=True):
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("what", ["files", "folder"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import io
 import os
@@ -20,7 +19,8 @@ from conftest import ROOT, members, write_pairs
 from create_webdataset import create_webdataset
 from sharding import files
 from sharding.errors import PackError
-from sharding.folder_run import remove_leftovers
+from sharding.folder import GONE
+from sharding.folder_run import new_shard, remove_leftovers
 from sharding.listing import list_samples
 from sharding.pack import write_shard
 
@@ -211,9 +211,12 @@ def test_samples_of_many_files(slow_read: float, tmp_path: Path, monkeypatch) ->
 
 
 def test_a_shard_that_is_being_written_is_no_leftover(tmp_path: Path) -> None:
-    with (tmp_path / ".shard-000000-01234567").open("wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    (tmp_path / ".shard-000000-01234567").touch()
+    (tmp_path / f"{GONE}{'0' * 16}" / "x").mkdir(parents=True)  # half removed
+    (tmp_path / f"{GONE}{'1' * 16}").symlink_to(tmp_path)
+    with new_shard(str(tmp_path), 0) as new:
         remove_leftovers(str(tmp_path))
-        assert os.listdir(tmp_path)
-    remove_leftovers(str(tmp_path))
-    assert not os.listdir(tmp_path)
+        assert len(os.listdir(tmp_path)) == 2
+        new.stream.write(b"whole")
+    assert (tmp_path / "shard-000000.tar").read_bytes() == b"whole"
+    assert sorted(os.listdir(tmp_path)) == [f"{GONE}{'1' * 16}", "shard-000000.tar"]

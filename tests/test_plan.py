@@ -40,9 +40,11 @@ def test_every_sample_comes_back(samples: list[Sample], total: int) -> None:
 def test_the_digest_tells_samples_apart(tmp_path: Path) -> None:
     one, two = Sample("a", "a", ("jpg",)), Sample("b", "b", ("jpg",))
     lists = ([one, two], [two, one], [one], [one, two._replace(extensions=("JPG",))])
+    renamed = [sample._replace(extensions=("png",)) for sample in (one, two)]
+    lists += (renamed,)  # with "jpg;png", another member in the same shard
     digests = {write_plan(str(tmp_path), plan_of(samples), samples).digest for samples in lists}
     again = write_plan(str(tmp_path), plan_of([one, two]), [one, two]).digest
-    assert len(digests) == 4 and again in digests
+    assert len(digests) == 5 and again in digests
 
 
 @pytest.mark.parametrize("content", ["", "{}", "5", "[1]", '{"source": 1}', None])
