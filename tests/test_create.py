@@ -97,6 +97,11 @@ REFUSED = [
         r"no complete sample.*; .jpeg and .png and .caption files are there .1, 1, 2.: "
         r"--fields .jpeg;png,caption.[?]; ignored:",
     ),
+    (
+        files(*(f"{n:04d}.jpg" for n in range(1_500))),
+        [],
+        "lack a field: 1,500 .'0000.jpg' has no .txt, .* '0004.jpg' has no .txt.; add it",
+    ),
     (fifo, [], "lack a field: 1 .'a.jpg' is no regular file."),
     (dangling, [], "lack a field: 1 .'a.jpg' is no regular file."),
     (circle, [], "lack a field: 1 .'a.jpg' is no regular file."),
@@ -289,6 +294,18 @@ def test_same_bytes_as_webdataset(source_1003: Path, tmp_path: Path) -> None:
             sink.write({"__key__": key, **data})
     assert (tmp_path / "shard-000003.tar").read_bytes() == expected.getvalue()
     assert shard.samples == len(keys)
+
+
+def test_a_shard_that_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is named, with its file; the others are packed; the exit code is 1."""
+    source = write_pairs(tmp_path / "source", 4)
+    (source / "sample-1.jpg").unlink()
+    (source / "sample-1.jpg").symlink_to("/proc/self/mem")  # its read gives EIO
+    assert pack(source, tmp_path / "o", total=4) == 1
+    out, err = capfd.readouterr()
+    assert err == f"Shard 1 failed: '{source}/sample-1.jpg': Input/output error\n"
+    assert out.count("created with 1 samples") == 3
+    assert sorted(os.listdir(tmp_path / "o")) == [shard_name(shard_id) for shard_id in (0, 2, 3)]
 
 
 def test_fields_and_incomplete(tmp_path: Path) -> None:

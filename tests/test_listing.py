@@ -57,9 +57,11 @@ both_drivers = pytest.mark.parametrize("driver", DRIVERS if SOAK else DRIVERS[:1
 def test_other_extensions_are_named(driver: str, tmp_path: Path) -> None:
     names = [f"{n}.{field}" for n in "abc" for field in ("jpg", "txt")]
     names += [f"p{n}.{field}" for n in range(5) for field in ("png", "caption")]
+    names += [f"note.{letter}" for letter in "abcdefghijkl"]
     source = touch(tmp_path / "source", *names)
     for said in pack_and_prove(driver, source, tmp_path / "o"):
-        assert "3 samples in 2 shards" in said and said.endswith("; ignored: 5 .caption, 5 .png\n")
+        assert "3 samples in 2 shards" in said and "; ignored: 5 .caption, 5 .png, 1 .a, " in said
+        assert said.endswith(", 1 .h and 4 others\n")
 
 
 @both_drivers
@@ -139,6 +141,16 @@ def test_dots_are_replaced(driver: str, tmp_path: Path) -> None:
 def test_what_dots_may_become(char: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="replace_dots takes one character"):
         list_samples(write_pairs(tmp_path, 1), replace_dots=char)
+
+
+def test_names_that_are_read_as_another_encoding(tmp_path: Path) -> None:
+    """They would give other keys, and another order."""
+    source = touch(tmp_path / "source", "\u00e9.jpg", "\u00e9.txt")
+    flags = ["--source", source, "--output", tmp_path / "o", "--shard-id=0", "--total-shards=1"]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run_script("create_webdataset.py", *flags, env=ascii_only)
+    assert done.returncode == 2 and "set PYTHONUTF8=1" in done.stderr, done
+    assert run_script("create_webdataset.py", *flags, env={"LC_ALL": "C"}).returncode == 0
 
 
 def test_unicode_forms(tmp_path: Path) -> None:

@@ -43,12 +43,13 @@ def test_one_field_is_no_list_of_letters(tmp_path: Path) -> None:
         (("txt",), (INCOMPLETE, ("jpg;png",))),
         ((), (INCOMPLETE, ("jpg;png", "txt"))),
         (("jpg", "png", "txt"), (ALTERNATIVES, ("jpg", "png"))),
+        (("cls", "jpg", "json", "txt"), (ALTERNATIVES, ("cls", "json"))),
         (("JPG", "jpg", "txt"), (DOUBLED, ("jpg",))),
         (("JPG", "jpg"), (DOUBLED, ("jpg",))),
     ],
 )
 def test_what_is_wrong_with_a_stem(extensions, verdict) -> None:
-    assert judge(extensions, parse_fields("png;jpg,txt", "json")) == verdict
+    assert judge(extensions, parse_fields("png;jpg,txt", "json;cls")) == verdict
 
 
 def test_the_table_of_extensions_stays_small(tmp_path: Path, monkeypatch) -> None:
