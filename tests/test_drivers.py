@@ -21,7 +21,7 @@ from conftest import ROOT, hashes, run_script, start_packing, write_pairs
 
 import create_with_ray
 from sharding.folder import staging_folders
-from sharding.folder_run import staged_shards
+from sharding.folder_run import lock_output, staged_shards
 from sharding.listing import list_samples
 from sharding.run import finish, load, pack, start
 from sharding.shards import shard_name
@@ -67,9 +67,10 @@ def test_worker_count_changes_nothing(
     workers: int, packed_by_bash: Path, source_1003: Path, tmp_path: Path
 ) -> None:
     flags = ["--source", source_1003, "--output", tmp_path, "--num-shards", "5"]
-    for _ in range(2):  # the second run replaces what the first one wrote
+    for again in (False, True):  # the second run replaces what the first one wrote, and says so
         done = run_script("run_parallel.sh", *flags, "--num-workers", str(workers))
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert ("; in place of 5 shards that were there\n" in done.stdout) == again
         assert hashes(tmp_path) == hashes(packed_by_bash)
 
 
@@ -256,6 +257,8 @@ def test_an_array_job(packed_by_bash: Path, source_1003: Path, tmp_path: Path) -
         1,
         "",
     ) and "not packed: 2 shards (1, 2)" in early.stderr
+    look = run_script("read_webdataset.py", "--path", output)
+    assert look.returncode == 2 and "an unfinished run is there: finish it" in look.stderr, look
     for again in (begin, [*begin, "--resume", "--shuffle=1"]):
         done = run_script("sharding", *again)
         assert done.returncode == 1 and "holds an array job that" in done.stderr, done
@@ -318,6 +321,11 @@ def test_a_publishing_that_was_cut(moved: int, by_its_new_name: bool, tmp_path: 
     assert late.returncode == 1, "no task changes what is published"
     (real,) = staging_folders(output)
     again = real if by_its_new_name else f"{run}/"
+    if moved == 2:
+        lock = lock_output(str(output))
+        done = run_script("sharding", "publish", "--run", again)
+        assert done.returncode == 1 and "another run is packing into" in done.stderr, done
+        os.close(lock)
     done = run_script("sharding", "publish", "--run", again)
     said = "9 samples in 3 shards" if by_its_new_name else "now all shards are in place"
     assert done.returncode == 0 and said in done.stdout, done
@@ -417,6 +425,32 @@ def test_signal_stops_the_workers(sent: signal.Signals, tmp_path: Path) -> None:
     assert not list((tmp_path / "o").glob("*.tar"))
 
 
+def test_a_signal_while_it_publishes(tmp_path: Path) -> None:
+    """It is too late to stop then: the new dataset is whole, and it says so."""
+    source, wrapper = write_pairs(tmp_path / "source", 4), tmp_path / "wrapper"
+    lines = ['case "$*" in *" publish "*) kill -TERM 0;; esac', f'exec "{sys.executable}" "$@"']
+    wrapper.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    wrapper.chmod(0o755)
+    flags = ["--source", source, "--output", tmp_path / "o"]
+    more = {"env": {"PYTHON": str(wrapper)}, "start_new_session": True}  # of which 0 is all
+    done = run_script("run_parallel.sh", *flags, **more)
+    assert done.returncode == 0 and "4 samples in 4 shards" in done.stdout, done
+    assert not done.stderr and len(os.listdir(tmp_path / "o")) == 4
+
+
+def test_a_killed_worker_is_named(tmp_path: Path) -> None:
+    """As when memory runs out: the other ends its shards, and nothing is published."""
+    source = write_pairs(tmp_path / "source", 2_000, largest=100_000)
+    flags = ["--source", source, "--output", tmp_path / "o", "--num-shards=100", "--num-workers=2"]
+    process = start_packing(*flags)
+    workers = subprocess.check_output(["pgrep", "-f", "shard-id 1 ", "-s", str(process.pid)])
+    os.kill(int(workers.split()[0]), signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "worker 1 ended with exit code 137" in err, err
+    assert "not packed: " in err and "All shards created" not in out
+    assert not list((tmp_path / "o").glob("*.tar"))
+
+
 def test_dummy_data(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -430,7 +464,7 @@ def test_dummy_data(tmp_path: Path) -> None:
     assert len(pictures) == 12
     (folder / "sample-3.jpg").write_bytes(b"mine")
     before = hashes(folder)
-    done = run_script("make_dummy_data.sh", "13", folder)
+    done = run_script("make_dummy_data.sh", "013", folder)
     assert done.returncode == 0 and "2 files made" in done.stdout
     assert before.items() <= hashes(folder).items()
     assert run_script("make_dummy_data.sh", "--help").stdout.startswith("usage: ")
