@@ -13,6 +13,7 @@ import obstore
 import pytest
 from conftest import ROOT, Bucket, run_script, slow_proxy, write_pairs
 
+import read_webdataset as reader
 from create_webdataset import create_webdataset
 from read_webdataset import count_samples, open_webdataset
 from read_webdataset import main as read
@@ -68,8 +69,27 @@ def test_a_pattern_and_a_list(shards) -> None:
     ours, theirs = map(list, both)
     assert ours == theirs and len(ours) == 40
     assert count_samples(url) == 40 and count_samples(f"{url}/shard-000002.tar") == 13
+    assert read(["--path", f"{url}/shard-00000[02].tar", "--quiet"]) == 0, "no shard is missed"
     with pytest.raises(InputError, match=r"has no shard-\*.tar"):
         open_webdataset(f"{url}/shard-00001*.tar")
+
+
+def test_a_dataset_that_is_replaced_while_it_is_shown(
+    shards, bucket: Bucket, capsys, monkeypatch
+) -> None:
+    url, folder = shards
+    shown = reader.print_sample
+
+    def replaced(number: int, sample: dict) -> None:
+        shown(number, sample)
+        if number == 39:  # the last one: nothing more is read
+            create_webdataset(folder / "source", folder / "other", 0, 3, "txt")
+            bucket.upload(folder / "other")
+
+    monkeypatch.setattr(reader, "print_sample", replaced)
+    assert read(["--path", url]) == 1
+    out, err = capsys.readouterr()
+    assert "the dataset was replaced while it was read; run again" in err and "OK" not in out
 
 
 def test_an_unfinished_run_is_refused(shards, bucket: Bucket, capsys) -> None:

@@ -115,6 +115,31 @@ def test_another_run(source: Path, bucket: Bucket, capsys) -> None:
     assert "a run is not finished" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("done", [False, True])
+def test_two_runs_that_begin_at_once(
+    done: bool, source: Path, expected: dict[str, str], bucket: Bucket, monkeypatch
+) -> None:
+    """The other one begins, or is even published, behind this one's look at what is there."""
+    look, looks, others = bucket_run.objects_at, [], []
+
+    def late(url: str) -> dict:
+        found = look(url)
+        looks.append(url)
+        if len(looks) == 2:  # the first was for stray objects
+            others.append(packed(source, bucket.url))
+            if done:
+                runs.finish(others[0])
+        return found
+
+    monkeypatch.setattr(bucket_run, "objects_at", late)
+    said = "another run has just published there" if done else "another run has just begun there"
+    with pytest.raises(PackError, match=said):
+        start(source, bucket.url)
+    if not done:
+        runs.finish(others[0])
+    assert bucket.hashes() == expected
+
+
 def test_resume_keeps_what_is_finished(
     source: Path, expected: dict[str, str], bucket: Bucket
 ) -> None:
@@ -124,6 +149,8 @@ def test_resume_keeps_what_is_finished(
     with pytest.raises(PackError, match=r"not packed: 3 shards \(0, 2, 4\)"):
         runs.finish(run)
     bucket.put("shard-000003.tar", b"was replaced")
+    with pytest.raises(PackError, match=r"not packed: 4 shards \(0, 2, 3, 4\)"):
+        runs.finish(run)
     flags = ["--source", source, "--output", bucket.url, "--num-shards", "5", "--resume"]
     done = pack("run_parallel.sh", *flags)
     lines = done.stdout.splitlines()
@@ -139,11 +166,13 @@ def test_a_changed_file_is_packed_again(remote: bool, bucket: Bucket, tmp_path: 
     run = start(place, f"{bucket.url}/o", total=2)
     for shard_id in range(2):
         runs.pack(run, shard_id)
-    (folder / "sample-3.txt").write_bytes(b"another text")
+    (folder / "sample-3.txt").write_bytes(b"another text, and another size")
+    (folder / "sample-2.jpg").write_bytes(bytes((folder / "sample-2.jpg").stat().st_size))
     bucket.upload(folder, "raw/")
     second = start(place, f"{bucket.url}/o", resume=True, total=2)
     for shard_id in range(2):
-        runs.pack(second, shard_id)
+        again = "created" if remote else "created again"  # a bucket's listing tells versions
+        assert runs.pack(second, shard_id).how == again
     runs.finish(second)
     create_webdataset(folder, tmp_path / "o", 0, 2)
     create_webdataset(folder, tmp_path / "o", 1, 2)
@@ -445,6 +474,40 @@ def test_an_upload_that_fails_leaves_nothing(size: int, bucket: Bucket) -> None:
     ):
         new.stream.write(bytes(size))
         raise RuntimeError("failed")
+    assert not bucket.hashes()
+
+
+def test_an_upload_that_another_replaces(bucket: Bucket, monkeypatch) -> None:
+    """Between its end and the look at what is there now."""
+    get = obstore.get
+
+    def late(*arguments, **options):
+        bucket.put("shard-000000.tar", b"of another run")
+        return get(*arguments, **options)
+
+    monkeypatch.setattr(obstore, "get", late)
+    with (
+        pytest.raises(PackError, match="another run has replaced it"),
+        output_at(bucket.url).new_shard(bucket.url, 0) as new,
+    ):
+        new.stream.write(b"of this run...")
+
+
+def test_a_shard_that_is_too_large(bucket: Bucket, monkeypatch) -> None:
+    monkeypatch.setattr(bucket_run, "MAX_PARTS", 2)
+    with (
+        pytest.raises(PackError, match=r"0.tar': larger than an upload can be; use more shards"),
+        output_at(bucket.url).new_shard(bucket.url, 0) as new,
+    ):
+        for _ in range(17):
+            new.stream.write(bytes(1 << 20))
+    assert not bucket.hashes()
+
+
+def test_a_backslash_in_an_output(source: Path, bucket: Bucket, capsys) -> None:
+    flags = ["--source", str(source), "--output", f"{bucket.url}/a\\b", "--total-shards=1"]
+    assert create([*flags, "--shard-id=0"]) == 2
+    assert "some stores turn a backslash into /" in capsys.readouterr().err
     assert not bucket.hashes()
 
 

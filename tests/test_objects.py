@@ -10,6 +10,7 @@ from pathlib import Path
 import obstore
 import pytest
 from conftest import Bucket, hashes, run_script, touch, write_pairs
+from obstore.exceptions import GenericError
 
 import create_with_ray
 from create_webdataset import main as create
@@ -34,7 +35,7 @@ def test_the_same_shards_as_from_a_folder(driver: str, bucket: Bucket, tmp_path:
     source = write_pairs(tmp_path / "source", 60)
     for name in ("a b", "a#b", "a?b=1", "a%20b", "a+b", "é", "a:b", "deep/er/x", "[x", "x" * 120):
         touch(source, f"{name}.jpg", f"{name}.TXT")
-    touch(source, "a b.json", "note.md", ".hidden/a.jpg", ".b.jpg")
+    touch(source, "a b.json", "note.md", ".hidden/a.jpg", "deep/.er/a.jpg", ".b.jpg")
     (source / "large.jpg").write_bytes(os.urandom(11 << 20))
     (source / "large.txt").touch()
     url = bucket.upload(source, "raw/") + "/"
@@ -108,6 +109,23 @@ def test_an_object_that_is_not_as_it_was_listed(
     with pytest.raises(PackError, match=r"/raw/7.jpg' changed while it was packed"):
         write_shard(listing.source, listing.samples, tmp_path, 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_connection_that_breaks(bucket: Bucket, tmp_path: Path, monkeypatch) -> None:
+    """While an answer is read obstore does not try again; and a retry is no other version."""
+    url, get = bucket.upload(write_pairs(tmp_path / "source", 3), "raw/"), obstore.get
+    answers = iter([GenericError("HTTP error: request or response body error"), None])
+
+    def breaking(*arguments, **options):
+        if error := next(answers, None):
+            raise error
+        return get(*arguments, **options)
+
+    listing = list_samples(url)
+    monkeypatch.setattr(obstore, "get", breaking)
+    assert write_shard(listing.source, listing.samples, tmp_path, 0).samples == 3
+    write_shard(tmp_path / "source", list_samples(tmp_path / "source").samples, tmp_path, 1)
+    assert len({value for name, value in hashes(tmp_path).items() if name[:5] == "shard"}) == 1
 
 
 def test_the_run_fails_if_an_object_changes(bucket: Bucket, tmp_path: Path, monkeypatch) -> None:
