@@ -104,6 +104,18 @@ def test_a_damaged_shard_is_no_short_epoch(left: int, tmp_path: Path) -> None:
         list(open_webdataset(output, decode=None))
 
 
+def test_a_field_that_occurs_twice(tmp_path: Path) -> None:
+    """webdataset refuses it, too; one of the two would be lost."""
+    shard = str(tmp_path / "shard-000000.tar")
+    with tarfile.open(shard, "w") as tar:
+        for name in ("a.jpg", "a.JPG"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(PackError, match=r"shard-000000.tar': field 'jpg' occurs twice in .* 'a'"):
+        list(open_webdataset(tmp_path, "jpg", decode=None))
+    with pytest.raises(ValueError, match="duplicate file name"):
+        list(wds.WebDataset([shard], shardshuffle=False))
+
+
 def test_a_shard_that_is_replaced_meanwhile(tmp_path: Path) -> None:
     source, output = write_pairs(tmp_path / "source", 40), tmp_path / "o"
     create_webdataset(source, output, 0, 1)
@@ -128,6 +140,9 @@ def test_errors_name_the_sample(tmp_path: Path) -> None:
     with pytest.warns(UserWarning) as warned:
         found = list(open_webdataset(output, "txt", handler=wds.warn_and_continue, **options))
     assert found == [("good",), ("good",)]
+    stopped = open_webdataset(output, "txt", handler=wds.warn_and_stop, **options)
+    with pytest.warns(UserWarning):
+        assert list(stopped) == [("good",)]
     said = [str(warning.message) for warning in warned]
     assert "sample 'b', field 'txt'" in said[0] and said[-1] == "1 sample skipped in this epoch"
 
@@ -227,6 +242,29 @@ def test_a_stopped_epoch_is_taken_up_exactly(tmp_path: Path, shuffle_buffer, sha
             assert list(chosen) == epochs[epoch]
 
 
+@pytest.mark.parametrize("batches", range(7))
+def test_batches_of_two_workers_are_counted(batches: int, tmp_path: Path, monkeypatch) -> None:
+    """A loader takes a batch of each in turn, and asks its first worker first when it goes on."""
+    source, output = write_pairs(tmp_path / "source", 40), tmp_path / "o"
+    for shard_id in range(4):
+        create_webdataset(source, output, shard_id, 4)
+    monkeypatch.setenv("NUM_WORKERS", "2")
+
+    def read(worker: int, state: dict[str, int] | None = None) -> list[Any]:
+        monkeypatch.setenv("WORKER", str(worker))
+        dataset = open_webdataset(output, "__key__", decode=None, seed=3)
+        if state:
+            dataset.load_state_dict(state)
+        return list(dataset)
+
+    whole = [read(worker) for worker in range(2)]
+    state = {"epoch": 0, "batches": batches, "batch_size": 3}
+    for worker in range(2):
+        turn = (worker + batches) % 2  # whose batch this worker's first one is
+        taken = (batches + 1 - turn) // 2
+        assert read(worker, state) == whole[turn][3 * taken :]
+
+
 def test_states_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = write_pairs(tmp_path / "source", 12), tmp_path / "o"
     for shard_id in range(4):
@@ -294,6 +332,22 @@ def test_an_evaluation_on_more_ranks_than_shards(tmp_path: Path, monkeypatch) ->
         dataset = open_webdataset(output, "__key__", decode=None, shuffle_buffer=0, even=False)
         found += [key for (key,) in dataset]
     assert sorted(found) == sorted(path.stem for path in source.glob("*.jpg"))
+
+
+def test_a_pipeline_takes_its_rank_along(tmp_path: Path, monkeypatch) -> None:
+    """A worker that is spawned gets the pipeline by pickle, and has no process group."""
+    source, output = write_pairs(tmp_path / "source", 12), tmp_path / "o"
+    for shard_id in range(4):
+        create_webdataset(source, output, shard_id, 4)
+    dataset = open_webdataset(output, "__key__", decode=None, shuffle_buffer=0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    expected, pickled = list(dataset), pickle.dumps(dataset)
+    monkeypatch.undo()
+    again = pickle.loads(pickled)
+    again.position.readers = None  # which count the ranks
+    again.set_epoch(0)
+    assert list(again) == expected and len(expected) == 6
 
 
 def test_pipelines_can_be_mixed(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from PIL import Image
 
 import create_webdataset as core
 import read_webdataset as reader
-from sharding import archive, files, verify
+from sharding import archive, files, images, verify
 from sharding.shards import shard_name
 
 SOAK = bool(os.environ.get("SOAK"))
@@ -429,13 +429,14 @@ def test_what_is_counted_is_what_webdataset_yields(tmp_path_factory, data: bytes
     assert report.samples == len(theirs)
 
 
-def test_decode_and_preview(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_decode_and_preview(tmp_path: Path, capfd, monkeypatch) -> None:
     whole = jpeg(40, 30)
     bomb = io.BytesIO()
     Image.new("1", (12_000, 12_000)).save(bomb, "PNG")
-    images = {"a": whole, "b": whole[: len(whole) // 2], "c": b"", "d": bomb.getvalue(), "e": whole}
+    half = whole[: len(whole) // 2]
+    pictures = {"a": whole, "b": half, "c": b"", "d": bomb.getvalue(), "e": whole}
     (tmp_path / "source").mkdir()
-    for key, data in images.items():
+    for key, data in pictures.items():
         (tmp_path / "source" / f"{key}.jpg").write_bytes(data)
         (tmp_path / "source" / f"{key}.txt").write_bytes(b"\x1b[31m some words " * 9)
     for shard_id in range(2):
@@ -446,6 +447,9 @@ def test_decode_and_preview(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     lines = [line for line in err.splitlines() if "cannot be decoded" in line]
     assert [line.split("'")[1] for line in lines] == ["c.jpg", "b.jpg", "d.jpg"], err
     assert "DecompressionBomb" in lines[2]
+    monkeypatch.setattr(images, "MAX_IMAGE", len(whole) - 1)
+    code, err = check(tmp_path / "o", capfd, "--decode")
+    assert code == 1 and "'a.jpg' (too large)" in err and "'e.jpg' (too large)" in err, err
     preview = tmp_path / "preview.png"
     assert check(tmp_path / "o", capfd, "--preview", preview)[0] == 0
     with Image.open(preview) as sheet:
@@ -496,8 +500,10 @@ def test_what_training_could_not_decode(tmp_path: Path, capfd: pytest.CaptureFix
     for path in source.glob("*.txt"):
         touch(source, f"{path.stem}.heic", f"{path.stem}.caption")
     core.create_webdataset(source, output, 0, 1, "txt,json,cls,heic,caption")
-    assert reader.main(["--path", str(output), "--decode", "--quiet"]) == 0
+    flags = ["--path", str(output), "--decode", "--quiet", "--report", str(report)]
+    assert reader.main(flags) == 0
     assert capfd.readouterr().out.endswith(": OK; 1 empty text; not decoded: 2 caption, 2 heic\n")
+    assert report.read_text() == "", "an earlier report is none of these shards"
 
 
 def test_a_report_names_every_fault(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -578,6 +584,19 @@ def test_fields_are_counted_by_the_sample(tmp_path: Path, capfd) -> None:
     code, err = check(output, capfd, "--source", source, "--report", report)
     named = [json.loads(line) for line in report.read_text().splitlines()]
     assert code == 1 and all(n["name"] and "shard-000000" not in n["detail"] for n in named), err
+
+
+def test_every_frame_is_decoded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of an animation whose second frame is cut short."""
+    source, image = tmp_path / "source", io.BytesIO()
+    source.mkdir()
+    frames = [Image.effect_noise((64, 64), 99 + number) for number in range(2)]
+    frames[0].save(image, "GIF", save_all=True, append_images=frames[1:])
+    (source / "a.gif").write_bytes(image.getvalue())
+    (source / "b.gif").write_bytes(image.getvalue()[:-1_000])
+    core.create_webdataset(source, tmp_path / "o", 0, 1, "gif")
+    code, err = check(tmp_path / "o", capfd, "--decode")
+    assert code == 1 and "'b.gif'" in err and "'a.gif'" not in err, err
 
 
 def test_more_that_training_could_not_decode(tmp_path: Path, capfd) -> None:
