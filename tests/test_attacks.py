@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -161,6 +162,24 @@ def test_escapes_in_flags(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 def test_script_without_its_interpreter(tmp_path: Path) -> None:
     done = run_script("run_parallel.sh", env={"PYTHON": str(tmp_path / "no python")})
     assert done.returncode == 2 and "no interpreter" in done.stderr
+
+
+def test_a_lock_that_is_about_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose holder has just ended, or has removed the file that this run has just opened."""
+    lock = folder_run.lock_output(str(tmp_path))
+    threading.Timer(0.1, os.close, [lock]).start()
+    os.close(folder_run.lock_output(str(tmp_path)))
+    path, flock = tmp_path / folder_run.LOCK, fcntl.flock
+
+    def late(fd: int, how: int) -> None:
+        monkeypatch.undo()
+        path.unlink()
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    lock = folder_run.lock_output(str(tmp_path))
+    assert os.path.samestat(os.fstat(lock), path.stat()), "else a second run could lock it, too"
+    os.close(lock)
 
 
 def test_lock_outlives_a_killed_driver_only_with_its_workers(tmp_path: Path) -> None:

@@ -240,6 +240,13 @@ def test_what_other_stores_say(text: str, cure: str) -> None:
         raise obstore.exceptions.GenericError(f"Generic S3 error: {text}\nDebug: secret")
 
 
+def test_a_listing_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when memory runs out: it runs in a process of its own."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(PackError, match="in a process of its own failed: exit code 1"):
+        open_webdataset("s3://bucket/x")
+
+
 def test_a_store_that_is_away_for_a_while(bucket: Bucket, monkeypatch) -> None:
     """obstore's own ten retries are over in less than five seconds."""
     bucket.put("x", b"data")

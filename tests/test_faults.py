@@ -532,11 +532,10 @@ def test_direct_packing_clears_its_own_leftovers(tmp_path: Path) -> None:
         (output / name).touch()
     flags = [f"--source={source}", f"--output={output}", "--shard-id=0", "--total-shards=2"]
     assert core.main(flags) == 0
-    assert sorted(os.listdir(output)) == [
-        ".shard-000000-mine",
-        ".shard-000001-01234567",
-        "shard-000000.tar",
-    ]
+    left = [".shard-000000-mine", ".shard-000001-01234567", "shard-000000.tar"]
+    assert sorted(os.listdir(output)) == left
+    assert run_script("run_parallel.sh", *flags[:2], "--num-shards=1").returncode == 0
+    assert sorted(os.listdir(output)) == [left[0], left[2]], "a run clears all"
 
 
 @pytest.fixture(scope="module")
@@ -604,6 +603,31 @@ def test_signals_wait_until_all_is_published(tmp_path: Path, monkeypatch) -> Non
     finally:
         for number, handler in zip(STOPPING, before, strict=True):
             signal.signal(number, handler)
+
+
+def test_a_task_that_is_at_work_while_it_publishes(tmp_path: Path, monkeypatch) -> None:
+    """It keeps its folder if shards are missing; what it adds at the last moment is noticed."""
+    source, output, move = write_pairs(tmp_path / "s", 4), tmp_path / "o", folder_run._move_staging
+    run, _ = start_run(list_samples(source), output=output, total_shards=2)
+    pack(run, 0)
+    monkeypatch.setattr(folder_run, "_move_staging", None)
+    with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
+        finish(run)
+    pack(run, 1)
+    second = Path(run.folder, f"shard-000001.{'0' * 32}")
+
+    def late(staging: str) -> str:
+        second.touch()
+        return move(staging)
+
+    monkeypatch.setattr(folder_run, "_move_staging", late)
+    with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
+        finish(run)
+    second.unlink()
+    assert not shards(output)
+    monkeypatch.undo()
+    finish(run)
+    assert len(shards(output)) == 2
 
 
 @pytest.mark.parametrize("what", ["files", "folder"])

@@ -12,9 +12,9 @@ from webdataset.tariterators import base_plus_ext
 
 from sharding import listing
 from sharding.errors import InputError
-from sharding.faults import ALTERNATIVES, DOUBLED, INCOMPLETE
+from sharding.faults import ALTERNATIVES, BAD_NAME, DOUBLED, INCOMPLETE, RESERVED
 from sharding.listing import list_samples
-from sharding.samples import judge, parse_fields, split_name
+from sharding.samples import judge, name_fault, parse_fields, split_name
 
 
 @given(st.one_of(st.text(), st.text("a./\n_", max_size=9)))
@@ -50,6 +50,27 @@ def test_one_field_is_no_list_of_letters(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_with_a_stem(extensions, verdict) -> None:
     assert judge(extensions, parse_fields("png;jpg,txt", "json;cls")) == verdict
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [
+        ("__a", RESERVED),
+        ("d/__a", RESERVED),
+        ("__d__/a", RESERVED),
+        ("__d/a", None),
+        ("__d__e/a", None),
+        ("d/__e__/a", None),
+        ("_a", None),
+        ("a__", None),
+        ("a\n", BAD_NAME),
+        ("d\n/a", BAD_NAME),
+        ("\udcff", BAD_NAME),
+        ("\xe9", None),
+    ],
+)
+def test_names_that_readers_lose(key: str, fault) -> None:
+    assert name_fault(key, key.rpartition("/")[2]) == fault
 
 
 def test_the_table_of_extensions_stays_small(tmp_path: Path, monkeypatch) -> None:
