@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -235,15 +236,16 @@ def apart(module: str, function: str, *arguments: Any) -> Any:
     """
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     code = "import sys; sys.path.insert(0, sys.argv[1]); from sharding.store import _answer; "
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", code + "_answer()", here, module, function, json.dumps(arguments)],
+        stdin=subprocess.PIPE,  # which closes when this process ends: see `_end_with_parent`
         stdout=subprocess.PIPE,
-        check=False,
         start_new_session=True,  # Ctrl-C ends it through us
-    )
-    if done.returncode:
-        raise PackError(f"listing in a process of its own failed: exit code {done.returncode}")
-    answer = json.loads(done.stdout)
+    ) as process:
+        text = process.stdout.read() if process.stdout else b""
+    if process.returncode:
+        raise PackError(f"listing in a process of its own failed: exit code {process.returncode}")
+    answer = json.loads(text)
     if "error" in answer:
         kind = InputError if answer["error"] == "InputError" else PackError
         raise kind(answer["text"])
@@ -254,6 +256,7 @@ def _answer() -> None:
     """Be the process that `apart` starts."""
     import importlib
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _, _, module, function, arguments = sys.argv
     try:
         call = getattr(importlib.import_module(f"sharding.{module}"), function)
@@ -261,3 +264,9 @@ def _answer() -> None:
     except (InputError, PackError) as error:
         answer = {"error": type(error).__name__, "text": error.args[0]}
     print(json.dumps(answer))
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that waits for its answer has ended."""
+    os.read(0, 1)  # not sys.stdin, whose lock this thread would hold when Python ends
+    os._exit(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import obstore
 import pytest
-from conftest import ROOT, Bucket, run_script, slow_proxy, write_pairs
+from conftest import KEYS, ROOT, Bucket, run_script, slow_proxy, write_pairs
 
 import read_webdataset as reader
 from create_webdataset import create_webdataset
@@ -245,6 +247,24 @@ def test_a_listing_that_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(PackError, match="in a process of its own failed: exit code 1"):
         open_webdataset("s3://bucket/x")
+
+
+def test_ctrl_c_ends_a_listing(tmp_path: Path) -> None:
+    """Of a store that does not answer: nothing goes on, or complains, behind the prompt."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "read_webdataset.py", "--path", "s3://bucket/x", "--quiet"],
+            env={**os.environ, **KEYS, "AWS_ENDPOINT_URL": endpoint, "HOME": str(tmp_path)},
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        listener.accept()  # of the process that lists
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=10)  # ends when both have closed their ends
+    assert (process.returncode, err) == (-signal.SIGINT, b"")
 
 
 def test_a_store_that_is_away_for_a_while(bucket: Bucket, monkeypatch) -> None:
