@@ -77,7 +77,9 @@ def test_decode_runs_no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "ran").exists()
 
 
-def test_replaced_while_it_is_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("limit", [2, 4])
+def test_replaced_while_it_is_read(limit: int, tmp_path: Path, capfd) -> None:
+    """Also where its last samples are not looked at."""
     source = write_pairs(tmp_path / "source", 4)
     core.create_webdataset(source, tmp_path / "o", 0, 1)
     print_sample = reader.print_sample
@@ -88,7 +90,7 @@ def test_replaced_while_it_is_read(tmp_path: Path, capfd: pytest.CaptureFixture[
 
     reader.print_sample = replace_then_print  # type: ignore[assignment]
     try:
-        assert reader.main(["--path", str(tmp_path / "o")]) == 1
+        assert reader.main(["--path", str(tmp_path / "o"), "--limit", str(limit)]) == 1
     finally:
         reader.print_sample = print_sample
     out, err = capfd.readouterr()

@@ -159,6 +159,21 @@ def test_resume_keeps_what_is_finished(
     assert bucket.hashes() == expected
 
 
+def test_what_a_resumed_run_has_sent_and_fetched(bucket: Bucket, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "raw", 10)
+    url, output = bucket.upload(source, "raw/"), f"{bucket.url}/o"
+    runs.pack(start(url, output), 1)
+    said = runs.finish(packed(url, output, resume=True))
+    keys = sorted(path.stem for path in source.glob("*.jpg"))
+    ours = [
+        path for place, key in enumerate(keys) if place % 5 != 1 for path in source.glob(f"{key}.*")
+    ]
+    fetched = sum(path.stat().st_size for path in ours)
+    shards = (f"{bucket.prefix}/o/shard-00000{shard_id}.tar" for shard_id in (0, 2, 3, 4))
+    sent = sum(obstore.head(bucket.store, shard)["size"] for shard in shards)
+    assert f"; {sent:,} bytes up; {fetched:,} bytes down" in said
+
+
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_changed_file_is_packed_again(remote: bool, bucket: Bucket, tmp_path: Path) -> None:
     folder = write_pairs(tmp_path / "raw", 20)
@@ -271,6 +286,29 @@ def test_cut_while_publishing(
     assert done.returncode == 0 and "now all shards are in place" in done.stdout, done
     assert bucket.hashes() == expected
     assert not output_at(bucket.url).finish_cut(run.folder)
+
+
+def test_two_that_take_over_at_once(source: Path, expected, bucket: Bucket, monkeypatch) -> None:
+    start(source, bucket.url)
+    swap, others = bucket_run._swap, []
+
+    def late(*arguments: object) -> bool:
+        monkeypatch.setattr(bucket_run, "_swap", swap)
+        others.append(packed(source, bucket.url, resume=True))
+        return swap(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bucket_run, "_swap", late)
+    with pytest.raises(PackError, match="another run has just taken it over"):
+        start(source, bucket.url, resume=True)
+    runs.finish(others[0])
+    assert bucket.hashes() == expected
+
+
+def test_strays_are_named(source: Path, bucket: Bucket, capsys) -> None:
+    bucket.put("o/shard-1.tar")
+    runs.finish(packed(source, f"{bucket.url}/o"))
+    assert "has 1 object ('shard-1.tar') not named like its shards" in capsys.readouterr().err
+    assert len(bucket.hashes("o")) == 6
 
 
 def test_a_late_publisher_deletes_nothing(source: Path, bucket: Bucket, monkeypatch) -> None:

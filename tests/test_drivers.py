@@ -263,7 +263,7 @@ def test_an_array_job(packed_by_bash: Path, source_1003: Path, tmp_path: Path) -
     for again in (begin, [*begin, "--resume", "--shuffle=1"]):
         done = run_script("sharding", *again)
         assert done.returncode == 1 and "holds an array job that" in done.stderr, done
-        assert os.path.exists(run) and len(staged_shards(run)) == 3
+        assert staging_folders(output) == [run] and len(staged_shards(run)) == 3
     taken = run_script("sharding", *begin, "--resume").stdout.strip()
     late = run_script("create_webdataset.py", "--run", run, "--shard-id=1")
     assert late.returncode == 1 and "resumed in a new folder" in late.stderr
@@ -275,6 +275,17 @@ def test_an_array_job(packed_by_bash: Path, source_1003: Path, tmp_path: Path) -
     done = run_script("sharding", "publish", "--run", taken)
     assert done.returncode == 0 and re.fullmatch(SUMMARY + "\n", done.stdout)
     assert hashes(output) == hashes(packed_by_bash)
+
+
+def test_an_array_job_with_relative_paths(tmp_path: Path) -> None:
+    """Its tasks may run elsewhere."""
+    write_pairs(tmp_path / "source", 3)
+    flags = ["--source=source", "--output=o", "--num-shards=1"]
+    run = run_script("sharding", "start", *flags, cwd=tmp_path).stdout.strip()
+    for step in (["create_webdataset.py", "--shard-id=0"], ["sharding", "publish"]):
+        done = run_script(*step, "--run", run, cwd="/")
+        assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path / "o") == [shard_name(0)]
 
 
 def test_a_run_that_is_no_run(tmp_path: Path) -> None:
@@ -425,6 +436,8 @@ def test_signal_stops_the_workers(sent: signal.Signals, tmp_path: Path) -> None:
     assert process.returncode == 128 + sent, err
     assert "Traceback" not in err
     assert not list((tmp_path / "o").glob("*.tar"))
+    (staging,) = staging_folders(tmp_path / "o")
+    assert len(staged_shards(staging)) < 300, "stopped, and not done"
 
 
 def test_the_lock_goes_last(tmp_path: Path) -> None:

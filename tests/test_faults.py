@@ -25,7 +25,7 @@ from conftest import ROOT, hashes, members, run_script, without_privileges, writ
 import create_webdataset as core
 import read_webdataset
 from sharding import folder, folder_run
-from sharding.errors import PackError, explain
+from sharding.errors import InputError, PackError, explain
 from sharding.listing import list_samples
 from sharding.plan import PLAN, Plan
 from sharding.run import STOPPING, Run, finish, pack
@@ -286,6 +286,18 @@ def test_a_worker_whose_driver_died_first_packs_nothing(tmp_path: Path) -> None:
     assert os.listdir(run.folder) == [PLAN]
 
 
+def test_workers_whose_driver_is_a_zombie(old_and_new, tmp_path: Path) -> None:
+    """Nobody has waited for it yet, so its id is still in use."""
+    output = tmp_path / "o"
+    process = start("run_parallel.sh", *flags(old_and_new[0], output, "--num-shards=1200"))
+    assert process.stdout and process.stdout.readline()
+    process.kill()
+    wait_for_lock(output)
+    (staging,) = folder.staging_folders(output)
+    assert len(folder_run.staged_shards(staging)) < 1200
+    process.communicate()
+
+
 def test_second_run_stops_at_once(old_and_new: tuple[Path, Path, Path], tmp_path: Path) -> None:
     source, _, new = old_and_new
     run = flags(source, tmp_path / "o", f"--num-shards={SHARDS}")
@@ -500,6 +512,10 @@ def test_tars_of_the_source_are_safe(tmp_path: Path) -> None:
         "run_parallel.sh", *flags(tmp_path, tmp_path, "--fields=tar", "--num-shards=1")
     )
     assert done.returncode == 2 and "inside --source" in done.stderr
+    direct = ["--source", str(tmp_path), "--output", str(tmp_path), "--fields=tar"]
+    assert core.main([*direct, "--shard-id=0", "--total-shards=1"]) == 2
+    with pytest.raises(InputError, match="is inside source, whose tars it could replace"):
+        core.create_webdataset(tmp_path, tmp_path, 0, 1, "tar")
     assert hashes(tmp_path).keys() == {"shard-000007.tar"}
 
 
@@ -647,14 +663,16 @@ def test_tars_that_links_lead_to_are_safe(what: str, tmp_path: Path) -> None:
 
 
 def test_a_publishing_that_cannot_begin(preload: str, tmp_path: Path) -> None:
-    """The run stays where it was, for the same command to publish it later."""
+    """The run stays where it was, for the same command to publish it later; so does the old one."""
     source, output = write_pairs(tmp_path / "source", 8), tmp_path / "o"
+    core.create_webdataset(source, output, 0, 1)
     begin = ["--source", source, "--output", output, "--num-shards=2"]
     run = run_script("sharding", "start", *begin).stdout.strip()
     run_script("create_webdataset.py", "--run", run, "--shard-id=0", "--shard-step=1")
     broken = {"LD_PRELOAD": preload, "FSYNC_ERRNO": str(errno.EIO)}
     done = run_script("sharding", "publish", "--run", run, env=broken)
     assert done.returncode == 1 and "Input/output error" in done.stderr
+    assert read_webdataset.main(["--path", str(output), "--quiet"]) == 0
     done = run_script("sharding", "publish", "--run", run)
     assert done.returncode == 0, done.stderr
     assert len(os.listdir(output)) == 2
