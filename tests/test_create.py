@@ -18,7 +18,7 @@ from sharding import __main__ as steps
 from sharding.errors import InputError
 from sharding.listing import list_samples
 from sharding.samples import Sample
-from sharding.shards import shard_name
+from sharding.shards import shard_name, shard_number
 
 
 def pack(source: Path, output: Path, *flags: str, total: int = 1) -> int:
@@ -63,7 +63,11 @@ REFUSED = [
     (files(), [], "make_dummy_data.sh"),
     (files(".hidden.jpg", ".hidden.txt"), [], "make_dummy_data.sh"),
     (files("a.png", "notes"), [], "sample-0.jpg .+ sample-0.txt"),
-    (files("a.jpg", "a.txt", "b.jpg"), [], "lack a field: 1 .'b.jpg' has no .txt."),
+    (
+        files("a.jpg", "a.txt", "b.jpg"),
+        [],
+        "lack a field: 1 .'b.jpg' has no .txt.*; --skip-bad drops them",
+    ),
     (
         files(*(f"{n}.txt" for n in range(7))),
         [],
@@ -259,6 +263,11 @@ def test_modulo_worked_example(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         "Shard 2 created with 2 samples.",
         "Shard 3 created with 2 samples.",
     ]
+
+
+@pytest.mark.parametrize("shard_id", [0, 7, 999_999])
+def test_a_name_gives_its_number_back(shard_id: int) -> None:
+    assert shard_number(f"folder/{shard_name(shard_id)}") == shard_id
 
 
 def test_function_returns_what_it_did(tmp_path: Path) -> None:

@@ -52,10 +52,13 @@ def test_output_holds_shards_and_nothing_else(packed_by_bash: Path) -> None:
 
 
 def test_ray_gives_the_same_bytes(
-    packed_by_bash: Path, source_1003: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    packed_by_bash: Path, source_1003: Path, tmp_path: Path, capfd, monkeypatch
 ) -> None:
+    """And tells nobody that it runs, as Ray would without this variable."""
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     argv = ["--source", str(source_1003), "--output", str(tmp_path / "output"), "--num-shards", "5"]
     assert create_with_ray.main([*argv, "--num-workers", "3"]) == 0
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     lines = capfd.readouterr().out.splitlines()
     assert "Shard 4 created with 200 samples." in lines[:5]
     assert lines[5] == "All shards created successfully with Ray."
@@ -195,6 +198,7 @@ def test_nobody_reads_the_output(script: str, tmp_path: Path) -> None:
     done = run_script(script, *flags, stdout=writing)
     os.close(writing)
     assert done.returncode == 1 and "the reader of this output has gone away" in done.stderr
+    assert "Exception" not in done.stderr and "exit code" not in done.stderr
     assert not list(output.glob("shard-*"))
 
 

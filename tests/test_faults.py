@@ -441,12 +441,20 @@ def test_synced_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def shown(path: str) -> str:
         return re.sub("[0-9a-f]{16,32}", "STAMP", os.path.basename(path))
 
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"sync {path_of(fd)}"), fsync(fd)))
+    def sync(fd: int) -> None:
+        calls.append(f"sync {path_of(fd)}")
+        fsync(fd)
+        if path_of(fd) == "plan-new":
+            synced.write_bytes(Path(f"/proc/self/fd/{fd}").read_bytes())
+
+    synced = tmp_path / "synced"
+    monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(f"show {shown(b)}"), rename(a, b)))
     monkeypatch.setattr(
         os, "unlink", lambda p, **o: (calls.append(f"drop {os.path.basename(p)}"), unlink(p, **o))
     )
     run, _ = start_run(list_samples(source), output=tmp_path / "out", total_shards=1)
+    assert synced.read_bytes() == Path(run.folder, PLAN).read_bytes()
     pack(run, 0)
     finish(run)
     assert calls[:8] == [

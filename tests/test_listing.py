@@ -220,9 +220,12 @@ def test_all_kinds_in_one_run(driver: str, tmp_path: Path) -> None:
 def test_a_report_among_the_data(where: str, tmp_path: Path, capfd) -> None:
     source = write_pairs(tmp_path / "source", 1)
     path = tmp_path / where / "report"
-    flags = ["--source", str(source), "--output", str(tmp_path / "o"), "--report", str(path)]
-    assert core.main([*flags, "--shard-id=0", "--total-shards=1"]) == 2
-    assert "is inside" in capfd.readouterr().err and not path.exists()
+    flags = ["--source", str(source), "--report", str(path)]
+    pack = ["--output", str(tmp_path / "o"), "--shard-id=0", "--total-shards=1"]
+    assert core.main([*flags[:2], *pack]) == 0
+    for main, more in ((core.main, pack), (reader.main, ["--path", str(tmp_path / "o")])):
+        assert main([*flags, *more]) == 2
+        assert "is inside" in capfd.readouterr().err and not path.exists()
 
 
 def test_many_faults_are_cheap(tmp_path: Path) -> None:

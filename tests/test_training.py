@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import json
@@ -151,6 +152,12 @@ def test_errors_name_the_sample(tmp_path: Path) -> None:
 def test_spellings_of_decode(decode: object, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"choose None, or one of .*pilrgb, .*torchrgb"):
         open_webdataset(tmp_path, decode=decode)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("torch")), reason="torch is here")
+def test_torch_is_missed_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ModuleNotFoundError, match="torch"):
+        open_webdataset(tmp_path, decode="torchrgb")
 
 
 def test_training_pipeline_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +310,7 @@ def test_several_folders_and_chosen_shards(tmp_path: Path, capfd) -> None:
     both = [tmp_path / "one", str(tmp_path / "two")]
     found = [key for (key,) in open_webdataset(both, "__key__", decode=None)]
     assert sorted(found) == everything["one"] + everything["two"]
+    assert count_samples(both) == 24
     some = str(tmp_path / "one" / "shard-00000[13].tar")
     found = [key for (key,) in open_webdataset(some, "__key__", decode=None)]
     assert sorted(found) == sorted(everything["one"][1::4] + everything["one"][3::4])

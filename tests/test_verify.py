@@ -170,6 +170,26 @@ def test_a_source_that_has_grown(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert code == 1 and "missing shard" not in err and "'sample-00'" in err, err
 
 
+def test_files_that_begin_alike(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One has lost its end since, the other has got zeros, as behind it in the shard."""
+    source, output = write_pairs(tmp_path / "source", 4, largest=1), tmp_path / "output"
+    for name in ("sample-1.jpg", "sample-2.jpg"):
+        (source / name).write_bytes(b"x" * 100)
+    core.create_webdataset(source, output, 0, 1)
+    os.truncate(source / "sample-1.jpg", 50)
+    os.truncate(source / "sample-2.jpg", 150)
+    code, err = check(output, capfd, "--source", source)
+    assert code == 1 and err.count("bytes differ from the source") == 2, err
+
+
+def test_a_field_that_all_samples_lack(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """None of them differs from the others."""
+    source, output = write_pairs(tmp_path / "source", 4), tmp_path / "output"
+    core.create_webdataset(source, output, 0, 1, "jpg")
+    code, err = check(output, capfd, "--source", source)
+    assert code == 1 and err.count("fields differ from the source: shard-000000.tar") == 4, err
+
+
 def samples_of(shard: Path) -> list[tuple[str, dict[str, bytes]]]:
     samples: dict[str, dict[str, bytes]] = {}
     with tarfile.open(shard) as tar:
@@ -349,7 +369,8 @@ HOSTILE = {
     "contiguous": header(kind=b"7") + END,
     "sparse": header(kind=b"S") + END,
     "global pax": header(kind=b"g") + END,
-    "huge pax header": header(size=b"00010000000\0", kind=b"x") + bytes(1 << 21) + END,
+    "huge pax header": header(size=b"00010000000\0", kind=b"x")
+    + b"2097152 comment=".ljust((1 << 21) - 1, b"x") + b"\n" + header() + END,
     "pax size": header(size=b"%011o\0" % 21, kind=b"x") + b"21 size=" + b"9" * 12 + b"\n"
     + bytes(491) + header() + END,
     "pax sparse map": header(size=b"%011o\0" % 25, kind=b"x") + b"25 GNU.sparse.major=1\n".ljust(25)
@@ -362,6 +383,12 @@ HOSTILE = {
     "empty file": b"",
     "only zeros": bytes(10240),
     "one zero block": header() + bytes(512),
+    "two pax headers": 2 * (header(size=b"%011o\0" % 14, kind=b"x") + b"14 path=b.jpg\n"
+    + bytes(498)) + header() + END,
+    "bzip2 by a name": header(b"BZh91AY&SY.jpg") + END,
+    "folder with content": header() + header(b"d/", size=b"00000001000\0", kind=b"5")
+    + header(b"b.jpg") + END,
+    "folder by a name": header() + header(b"b.jpg/", kind=b"\0") + END,
     "gzip": b"\x1f\x8b" + bytes(2000),
     "reserved": header(b"__x__/a.jpg") + END,
     "reserved field": header(b"a.__url__") + END,
