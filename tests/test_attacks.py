@@ -102,7 +102,7 @@ def test_closed_and_full_streams(script: str, tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 2)
     core.create_webdataset(source, tmp_path / "o", 0, 1)
     command = f"'{sys.executable}' '{ROOT / script}'"
-    command += " --path o" if script.startswith("read") else (
+    command += " --path o --quiet" if script.startswith("read") else (
         " --source source --output o --shard-id 0 --total-shards 1"
     )  # fmt: skip
     for streams, code in ((">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 1)):

@@ -271,6 +271,11 @@ def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
         finish(run)
 
 
+def test_one_line_for_each_fault() -> None:
+    assert explain(PackError("one\n  error")) == "one error"
+    assert explain(InputError("one\ntwo")) == "one\ntwo"
+
+
 def test_a_worker_whose_driver_died_first_packs_nothing(tmp_path: Path) -> None:
     """As after kill -9 of run_parallel.sh while its workers import."""
     source = write_pairs(tmp_path / "source", 2)
