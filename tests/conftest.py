@@ -27,6 +27,7 @@ from PIL import Image
 from server import weed_command  # of benchmarks/
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.pop("PYTHONUNBUFFERED", None)  # else nobody sees what is never flushed
 MakeSource = Callable[..., Path]
 
 
