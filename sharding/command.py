@@ -139,7 +139,7 @@ class ProgressBar:
 
 
 def drop_output() -> None:
-    """Discard what stdout still holds: nobody reads it, and flushing it would fail."""
+    """Discard what stdout still holds: flushing it would fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -183,7 +183,9 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
             print(done)
             return 0
         except (InputError, PackError, OSError, ModuleNotFoundError) as error:
-            if isinstance(error, BrokenPipeError):
+            try:
+                sys.stdout.flush()
+            except OSError:  # its reader has gone, or its disk is full
                 drop_output()
             for line in explain(error).split("\n"):
                 print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
