@@ -170,7 +170,7 @@ if not process:
     try:
         os._exit(len(list(dataset)))
     except Exception as error:
-        print(error)
+        print(error, flush=True)
         os._exit(100)
 sys.exit(os.waitpid(process, 0)[1] >> 8)
 """

@@ -31,7 +31,7 @@ from server import free_ports
 from create_webdataset import create_webdataset
 from create_webdataset import main as create
 from read_webdataset import main as read
-from sharding import bucket_run, claim
+from sharding import bucket_run, claim, streams
 from sharding import run as runs
 from sharding.bucket import PLAN
 from sharding.errors import InputError, PackError
@@ -290,14 +290,14 @@ def test_cut_while_publishing(
 
 def test_two_that_take_over_at_once(source: Path, expected, bucket: Bucket, monkeypatch) -> None:
     start(source, bucket.url)
-    swap, others = bucket_run._swap, []
+    swap, others = claim.swap, []
 
     def late(*arguments: object) -> bool:
-        monkeypatch.setattr(bucket_run, "_swap", swap)
+        monkeypatch.setattr(bucket_run, "swap", swap)
         others.append(packed(source, bucket.url, resume=True))
         return swap(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(bucket_run, "_swap", late)
+    monkeypatch.setattr(bucket_run, "swap", late)
     with pytest.raises(PackError, match="another run has just taken it over"):
         start(source, bucket.url, resume=True)
     runs.finish(others[0])
@@ -532,7 +532,7 @@ def test_an_upload_that_another_replaces(bucket: Bucket, monkeypatch) -> None:
 
 
 def test_a_shard_that_is_too_large(bucket: Bucket, monkeypatch) -> None:
-    monkeypatch.setattr(bucket_run, "MAX_PARTS", 2)
+    monkeypatch.setattr(streams, "MAX_PARTS", 2)
     with (
         pytest.raises(PackError, match=r"0.tar': larger than an upload can be; use more shards"),
         output_at(bucket.url).new_shard(bucket.url, 0) as new,

@@ -636,20 +636,20 @@ def test_signals_wait_until_all_is_published(tmp_path: Path, monkeypatch) -> Non
 
 def test_a_task_that_is_at_work_while_it_publishes(tmp_path: Path, monkeypatch) -> None:
     """It keeps its folder if shards are missing; what it adds at the last moment is noticed."""
-    source, output, move = write_pairs(tmp_path / "s", 4), tmp_path / "o", folder_run._move_staging
+    source, output, new = write_pairs(tmp_path / "s", 4), tmp_path / "o", folder_run._new_staging
     run, _ = start_run(list_samples(source), output=output, total_shards=2)
     pack(run, 0)
-    monkeypatch.setattr(folder_run, "_move_staging", None)
+    monkeypatch.setattr(folder_run, "_new_staging", None)
     with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
         finish(run)
     pack(run, 1)
     second = Path(run.folder, f"shard-000001.{'0' * 32}")
 
-    def late(staging: str) -> str:
+    def late(output: str) -> str:
         second.touch()
-        return move(staging)
+        return new(output)
 
-    monkeypatch.setattr(folder_run, "_move_staging", late)
+    monkeypatch.setattr(folder_run, "_new_staging", late)
     with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
         finish(run)
     second.unlink()

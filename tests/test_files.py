@@ -19,8 +19,7 @@ from conftest import ROOT, members, write_pairs
 from create_webdataset import create_webdataset
 from sharding import files
 from sharding.errors import PackError
-from sharding.folder import GONE
-from sharding.folder_run import new_shard, remove_leftovers
+from sharding.folder_run import GONE, new_shard, remove_leftovers
 from sharding.listing import list_samples
 from sharding.pack import write_shard
 
