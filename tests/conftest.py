@@ -66,11 +66,11 @@ def jpeg(width: int, height: int) -> bytes:
     return stream.getvalue()
 
 
-def hashes(folder: Path) -> dict[str, str]:
+def hashes(folder: Path, pattern: str = "**/*") -> dict[str, str]:
     """Return the sha256 of every file below a folder, by its path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(folder.glob(pattern))
         if path.is_file()
     }
 

@@ -39,7 +39,8 @@ SHARDS = 12
 
 def shards(output: Path) -> dict[str, str]:
     """Return the hashes of what lies under shard names in an output."""
-    return {name: value for name, value in hashes(output).items() if SHARD_PATTERN.match(name)}
+    found = hashes(output, "shard-*.tar")  # and no staged file, which may vanish meanwhile
+    return {name: value for name, value in found.items() if SHARD_PATTERN.match(name)}
 
 
 def flags(source: Path, output: Path, *more: str) -> list[str]:
