@@ -7,6 +7,7 @@ equals, byte for byte, what the source makes of it is not looked at twice.
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import io
 import json
@@ -106,6 +107,7 @@ def check_dataset(
     Raises:
         PackError: a process was killed.
     """
+    gc.freeze()  # else the collector of each process looks at the whole listing again and again
     listed: Sequence[Sample] = listing.samples if listing else ()  # never an empty one
     source = listing.source if listing else ""
     total = count_shards(shards, listed)
