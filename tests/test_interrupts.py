@@ -107,7 +107,7 @@ def test_ctrl_c_at_any_moment(
 ) -> None:
     output = tmp_path / "o"
     seen = []
-    for number, moment in enumerate(moments(script, 5)):
+    for number, moment in enumerate(moments(script, 3)):
         monkeypatch.setenv("INTERRUPT_TEST", f"{tmp_path} {number}")
         argv = command(script, packed, output, workers)
         code, err = interrupt(argv, moment, times, terminal=bool(number % 2))

@@ -53,7 +53,7 @@ SOAK = bool(os.environ.get("SOAK"))
 both_drivers = pytest.mark.parametrize("driver", DRIVERS if SOAK else DRIVERS[:1])
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@both_drivers
 def test_other_extensions_are_named(driver: str, tmp_path: Path) -> None:
     names = [f"{n}.{field}" for n in "abc" for field in ("jpg", "txt")]
     names += [f"p{n}.{field}" for n in range(5) for field in ("png", "caption")]
