@@ -43,8 +43,8 @@ from sharding.shards import (
     SHARD_PATTERN,
     STRAY_PATTERN,
     NewShard,
+    beyond,
     shard_name,
-    shard_number,
     warn_of_more,
     warn_of_strays,
 )
@@ -260,9 +260,8 @@ def finish_cut(folder: str) -> bool:
     store, prefix = place(output, PACKED)
     with saying(output):
         left = [item["path"] for item in obstore.list(store, prefix).collect()]
-        for name in filter(SHARD_PATTERN.fullmatch, objects_at(output)):
-            if shard_number(name) >= mark.total_shards:  # of a run into more shards
-                left.append(place(output, name)[1])
+        for name in beyond(objects_at(output), mark.total_shards):  # of a run into more shards
+            left.append(place(output, name)[1])
         if left:
             obstore.delete(store, left)
         obstore.delete(store, place(output, PLAN)[1])

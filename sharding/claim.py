@@ -20,7 +20,7 @@ from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from sharding.bucket import PLAN, objects_at
 from sharding.errors import InputError, PackError
-from sharding.plan import Plan, load_plan
+from sharding.plan import Plan, load_plan, no_run
 from sharding.shards import SHARD_PATTERN
 from sharding.store import connect, saying, split
 from sharding.streams import Ranges
@@ -143,7 +143,7 @@ def split_run(folder: str) -> tuple[str, str]:
     """Return the prefix of a run, and its id."""
     match = RUN.fullmatch(folder)
     if not match:
-        raise PackError(f"{folder!r} is no run: give what `python sharding start` printed")
+        raise no_run(folder)
     return match[1], match[2]
 
 

@@ -35,7 +35,7 @@ from sharding.folder import (
     refuse_cut_short,
     staging_folders,
 )
-from sharding.plan import PLAN, Plan, can_resume, not_packed, write_plan
+from sharding.plan import PLAN, Plan, can_resume, no_run, not_packed, write_plan
 from sharding.samples import Sample
 from sharding.shards import (
     MAX_SHARDS,
@@ -44,8 +44,8 @@ from sharding.shards import (
     STAGED_PATTERN,
     STRAY_PATTERN,
     NewShard,
+    beyond,
     shard_name,
-    shard_number,
     warn_of_more,
     warn_of_strays,
 )
@@ -196,7 +196,7 @@ def read_plan(folder: str) -> Plan:
         PackError: there is none.
     """
     if not is_staging(folder):
-        raise PackError(f"{folder!r} is no run: give what `python sharding start` printed")
+        raise no_run(folder)
     return plans.read_plan(folder)
 
 
@@ -342,9 +342,8 @@ def _move_shards(staging: str, total_shards: int) -> None:
     output = os.path.dirname(staging)
     for shard_id, (path,) in sorted(staged_shards(staging).items()):
         os.rename(path, os.path.join(output, shard_name(shard_id)))
-    for name in filter(SHARD_PATTERN.fullmatch, os.listdir(output)):
-        if shard_number(name) >= total_shards:  # of a larger dataset
-            os.unlink(os.path.join(output, name))
+    for name in beyond(os.listdir(output), total_shards):  # of a larger dataset
+        os.unlink(os.path.join(output, name))
     settle(output)
     _remove_staging(staging)
 

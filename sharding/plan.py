@@ -132,6 +132,11 @@ def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]
         yield from load_shards(stream, shard_ids, path)
 
 
+def no_run(folder: str) -> PackError:
+    """Return the error that a folder is not named as a run is."""
+    return PackError(f"{folder!r} is no run: give what `python sharding start` printed")
+
+
 def not_packed(plan: Plan, missing: Sequence[int]) -> PackError:
     """Return the error that says which shards a run still lacks."""
     first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")

@@ -70,10 +70,15 @@ def warn_of_strays(output: str, noun: str, strays: Sequence[str]) -> None:
         warn(f"{output!r} has {found} not named like its shards, which readers may take for some")
 
 
+def beyond(names: Iterable[str], total_shards: int) -> list[str]:
+    """Return the names of shards that a dataset of so many cannot have."""
+    shards = filter(SHARD_PATTERN.fullmatch, names)
+    return [name for name in shards if shard_number(name) >= total_shards]
+
+
 def warn_of_more(output: str, names: Iterable[str], total_shards: int) -> None:
-    """Warn if an output holds shards that a dataset of so many cannot have."""
-    more = [n for n in names if SHARD_PATTERN.fullmatch(n) and shard_number(n) >= total_shards]
-    if more:
+    """Warn if an output holds shards of a dataset that has more than these."""
+    if more := beyond(names, total_shards):
         what = f"{min(more)!r}, of a dataset with more than {count(total_shards, 'shard')}"
         cure = f"give the same {argument('total_shards')}, or delete it"
         warn(f"{output!r} also holds {what}; {cure}")
