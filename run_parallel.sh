@@ -24,22 +24,25 @@ if [[ -z $run ]]; then # nothing is left to do; this says why
   exit 0
 fi
 
-pids=()
 stop() { # exit-code
   trap '' INT TERM HUP
-  for pid in ${pids[@]+"${pids[@]}"}; do
+  # First, so that the process that holds the lock can end: when a signal cuts `wait` short just as
+  # a worker ends, bash never learns of that end, and then waits until it has no child at all.
+  exec 9<&-
+  for pid in $(jobs -p); do
     kill "$pid" 2>/dev/null || true
   done
-  for pid in ${pids[@]+"${pids[@]}"}; do
-    wait "$pid" || true
-  done
-  echo 'run_parallel.sh: stopped; nothing was published; to continue, run the same command with --resume' >&2
+  wait
+  again=''
+  [[ $run == /* ]] || again=' with --resume' # a bucket has no lock that tells who is dead
+  echo "run_parallel.sh: stopped; nothing was published; to continue, run the same command again$again" >&2
   exit "$1"
 }
 trap 'stop 130' INT
 trap 'stop 143' TERM
 trap 'stop 129' HUP
 
+pids=()
 for ((i = 0; i < workers; i++)); do
   "$python" "$here/create_webdataset.py" --run "$run" --shard-id "$i" --shard-step "$workers" &
   pids[i]=$!

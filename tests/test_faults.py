@@ -335,7 +335,7 @@ def test_signals_end_ray_too(sent: signal.Signals, old_and_new, tmp_path: Path) 
     _, err = process.communicate(timeout=30)
     assert time.monotonic() - began < 10
     assert process.returncode == 128 + sent and "Traceback" not in err, err
-    assert "run the same command with --resume" in err
+    assert err.endswith("to continue, run the same command again\n"), err
     assert shards(tmp_path / "o") == hashes(old)
     assert not ray_processes(process.pid)
 

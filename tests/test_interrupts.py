@@ -9,16 +9,19 @@ import contextlib
 import fcntl
 import os
 import pty
+import random
 import signal
 import subprocess
 import sys
 import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, hashes, run_script, write_pairs
 
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SOAK = bool(os.environ.get("SOAK"))
 LONGEST = {"run_parallel.sh": 1.2, "create_with_ray.py": 6.0, "read_webdataset.py": 1.2}
 SHARDS = 40
@@ -121,3 +124,53 @@ def test_ctrl_c_at_any_moment(
         assert done.returncode == 0, done.stderr
         assert hashes(output) == hashes(packed[1])
     print(script, workers, times, seen)
+
+
+def stop_as_workers_end(argv: list[str], seed: int) -> tuple[int, int, str]:
+    """Send a signal about when the workers of a short run end; return it, the code and stderr."""
+    rng = random.Random(seed)
+    sent, twice = rng.choice(END_SIGNALS), rng.random() < 0.2
+    send = rng.choice((os.kill, os.killpg))  # as `kill` does, or as a terminal
+    process = subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHON": sys.executable},
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        if rng.random() < 0.9:
+            assert process.stdout and process.stdout.readline()  # "Shard 0 created ..."
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            time.sleep(rng.uniform(0.1, 0.5))
+        for _ in range(1 + twice):
+            with contextlib.suppress(ProcessLookupError):
+                send(process.pid, sent)
+        _, err = process.communicate(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # what hangs, if anything does
+            os.killpg(process.pid, signal.SIGKILL)
+    return sent, process.returncode, err
+
+
+def test_a_signal_as_a_worker_ends(tmp_path: Path, monkeypatch) -> None:
+    """Bash may then never learn that it has ended: about one in eight of these hung for ever."""
+    monkeypatch.setenv("INTERRUPT_TEST", str(tmp_path))
+    source = str(write_pairs(tmp_path / "source", 6))
+
+    def attempt(seed: int) -> tuple[int, int, str]:
+        argv = [str(ROOT / "run_parallel.sh"), "--source", source, "--num-shards=3"]
+        return stop_as_workers_end(
+            [*argv, "--num-workers=3", "--output", f"{tmp_path}/{seed}"], seed
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(attempt, range(600 if SOAK else 50)))
+    for sent, code, err in outcomes:
+        # Too early, it ends bash itself; too late, the shards are in place.
+        assert code in (128 + sent, -sent, 0), (sent, code, err)
+        assert code <= 0 or err.endswith("to continue, run the same command again\n"), err
+    assert sum(code > 0 for _, code, _ in outcomes) > len(outcomes) / 2, outcomes
+    wait_until_gone(str(tmp_path))
