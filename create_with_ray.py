@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
@@ -14,8 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
 import sharding
 from sharding.command import (
     NUM_WORKERS,
@@ -28,9 +27,10 @@ from sharding.command import (
 )
 from sharding.errors import InputError, PackError, StopRun, explain
 from sharding.places import output_at, source_at
-from sharding.run import STOPPING, Run, finish, load, pack, start
+from sharding.run import STOPPING, Run, can_catch, finish, load, pack, start
 from sharding.samples import NOT_UTF8
 from sharding.shards import Shard
+from sharding.urls import is_url
 
 MODULES = [__file__, *sharding.__path__]  # what the tasks need on other nodes
 RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
@@ -44,13 +44,15 @@ class Signals:
     A handler that raised inside `ray.init` or `ray.shutdown` would crash the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cure: str) -> None:
         self.received = 0  # the first of them
-        self.previous = {number: signal.getsignal(number) for number in STOPPING}
+        self.cure = cure  # how to continue after it
+        caught = STOPPING if can_catch() else ()
+        self.previous = {number: signal.getsignal(number) for number in caught}
 
     def catch(self) -> None:
         """Note signals from now on; call it again after Ray has set its own handlers."""
-        for number in STOPPING:
+        for number in self.previous:
             signal.signal(number, self.note)
 
     def note(self, number: int, _frame: object) -> None:
@@ -60,8 +62,8 @@ class Signals:
     def obey(self) -> None:
         """End the run if a signal was received, with the exit code that a shell gives it."""
         if self.received:
-            cure = "to continue, run the same command with --resume"
-            print(f"create_with_ray.py: stopped; nothing was published; {cure}", file=sys.stderr)
+            what = f"stopped; nothing was published; {self.cure}"
+            print(f"create_with_ray.py: {what}", file=sys.stderr)
             raise SystemExit(128 + self.received)
 
     def wait(self, tasks: Iterable[Any]) -> list[Any]:
@@ -132,6 +134,20 @@ def shipped_modules() -> list[str]:
     return [*MODULES, *((job.get("runtime_env") or {}).get("py_modules") or ())]
 
 
+@contextlib.contextmanager
+def importable_here() -> Iterator[None]:
+    """Let processes that start now import this module, from wherever it was itself imported."""
+    before = os.environ.get("PYTHONPATH", "")
+    ours = os.path.dirname(os.path.abspath(__file__))
+    os.environ["PYTHONPATH"] = f"{ours}{os.pathsep}{before}".rstrip(os.pathsep)
+    try:
+        yield
+    finally:
+        os.environ["PYTHONPATH"] = before
+        if not before:
+            del os.environ["PYTHONPATH"]
+
+
 def connect(address: str | None, num_workers: int | None) -> int:
     """Start a local cluster, or join the one at `address`; return the number of tasks at a time.
 
@@ -140,18 +156,25 @@ def connect(address: str | None, num_workers: int | None) -> int:
     """
     import ray
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         num_workers = num_workers or NUM_WORKERS
-        options = {"num_cpus": num_workers, "include_dashboard": False}
+        options |= {"num_cpus": num_workers, "include_dashboard": False}
     else:
-        options = {"runtime_env": {"py_modules": shipped_modules()}}
+        options |= {"runtime_env": {"py_modules": shipped_modules()}}
     try:  # "local": never a cluster that happens to run here
-        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        with importable_here() if address is None else contextlib.nullcontext():
+            ray.init(address or "local", **options)
     except Exception as error:  # Ray raises many kinds, Exception itself included
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip()
+        if reason.startswith("Version mismatch"):  # its lines say of what
+            raise PackError(f"cluster at {address!r}: {reason}") from None
+        reason = reason.partition("\n")[0]
         if "AF_UNIX" in reason:
             reason += "; set RAY_TMPDIR to a folder with a short path"
+        home = os.path.expanduser("~")  # where Ray keeps a token; "~" if nobody knows
+        if (isinstance(error, OSError) or "home" in reason) and not os.access(home, os.W_OK):
+            reason += f"; set HOME to a folder that may be written (now {home!r})"
         if address is None:
             raise PackError(f"Ray does not start: {reason}") from None
         cure = "is RAY_AUTH_MODE=token set, and the token the cluster's? see README, On a cluster"
@@ -248,25 +271,16 @@ def pack_all(
                 yield shard_id, error
 
 
-@one_line_errors
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; see --help."""
-    args = build_parser().parse_args(argv)
-    address, options = find_address(args), run_options(args)
-    for path in (args.source, args.output):
-        if NOT_UTF8.search(os.fspath(path)):
-            raise InputError(f"Ray cannot take a path that is not UTF-8: {os.fspath(path)!r}")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported
-    with plain_interrupt():
-        import ray
-    if address and address != "auto":
-        check_address(address)
-    # The lock holds until this process ends.
-    run, _lock = start(list_source(args), **options, driver=os.getpid())
-    signals = Signals()
+def pack_run(run: Run, address: str | None, num_workers: int | None) -> None:
+    """Pack all shards of a run with Ray, and say what becomes of each."""
+    import ray
+
+    # A bucket has no lock that tells who is dead.
+    again = " with --resume" if is_url(run.folder) else ""
+    signals = Signals(f"to continue, run the same command again{again}")
     try:
         signals.catch()
-        num_workers = connect(address, args.num_workers)
+        num_workers = connect(address, num_workers)
         signals.catch()  # Ray has set its own
         signals.obey()
         if address:
@@ -287,7 +301,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         ray.shutdown()  # which ends the tasks that are left after a signal, on all nodes
         signals.release()
     signals.obey()
-    print(f"All shards created successfully with Ray.\n{finish(run)}")
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; see --help."""
+    args = build_parser().parse_args(argv)
+    address, options = find_address(args), run_options(args)
+    for path in (args.source, args.output):
+        if NOT_UTF8.search(os.fspath(path)):
+            raise InputError(f"Ray cannot take a path that is not UTF-8: {os.fspath(path)!r}")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported
+    with plain_interrupt():
+        import ray
+    if ray.is_initialized():  # by the program that calls this; its tasks would end with ours
+        raise InputError("Ray is in use in this process already: call ray.shutdown() first")
+    if address and address != "auto":
+        check_address(address)
+    run, lock = start(list_source(args), **options, driver=os.getpid())
+    try:
+        pack_run(run, address, args.num_workers)
+        print(f"All shards created successfully with Ray.\n{finish(run)}")
+    finally:  # of the run, not of the process: a caller of this may begin another
+        if lock >= 0:
+            os.close(lock)
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TextIO
 from sharding.errors import AlreadyDone, InputError, PackError, argument, explain
 from sharding.faults import Report, open_report
 from sharding.listing import Listing, list_samples
+from sharding.run import can_catch
 from sharding.shards import MAX_SHARDS
 from sharding.urls import refuse_url
 
@@ -147,7 +148,7 @@ def drop_output() -> None:
 def plain_interrupt() -> Iterator[None]:
     """Let Ctrl-C end the process at once: some imports swallow it, and requests wait on."""
     handler = signal.getsignal(signal.SIGINT)
-    ours = handler is signal.default_int_handler
+    ours = handler is signal.default_int_handler and can_catch()
     if ours:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -171,7 +172,8 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[...
             setattr(sys, name, stream)
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from the imports of a script
+        # So that a script could be stopped while it was imported; see sharding/__init__.py.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and can_catch():
             signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             code = main(argv)

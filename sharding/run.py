@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,6 +23,11 @@ from sharding.shards import Progress, Shard, check_shard_numbers
 from sharding.urls import canonical, is_url
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that ask a run to end
+
+
+def can_catch() -> bool:
+    """Tell whether this thread may set handlers of signals; only a process's main thread may."""
+    return threading.current_thread() is threading.main_thread()
 
 
 class Run(NamedTuple):
@@ -148,11 +154,12 @@ def finish(run: Run) -> str:
     replaced = where.count_published(run.output)
     instead = f"; in place of {count(replaced, 'shard')} that were there" if replaced else ""
     # To stop now would leave neither the old dataset nor the new one.
-    handlers = [signal.signal(number, signal.SIG_IGN) for number in STOPPING]
+    caught = STOPPING if can_catch() else ()
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in caught]
     try:
         sizes = where.publish(run.folder, plan)
     finally:
-        for number, handler in zip(STOPPING, handlers, strict=True):
+        for number, handler in zip(caught, handlers, strict=True):
             signal.signal(number, handler)
     if is_url(run.folder):
         sent = sum(sizes) - sum(sizes[shard_id] for shard_id in kept)

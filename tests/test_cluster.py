@@ -100,6 +100,16 @@ def test_all_nodes_work(source, expected, cluster, tmp_path, monkeypatch, capfd)
     assert sum(line.startswith("Shard ") for line in lines) == SHARDS
 
 
+def test_a_cluster_of_another_python(source, cluster, tmp_path, monkeypatch, capfd) -> None:
+    """Ray refuses it; the versions are what a user needs to know."""
+    real = sys.version_info
+    monkeypatch.setattr(sys, "version_info", (3, real.minor - 1, 1, *real[3:]))
+    assert pack(source, tmp_path / "o", cluster) == 1
+    err = capfd.readouterr().err
+    assert f"Python: 3.{real.minor}.{real.micro} This process" in err, err
+    assert f"Python: 3.{real.minor - 1}.1" in err and err.count("\n") == 1, err
+
+
 def test_hiccups_are_retried_and_nothing_else(cluster, tmp_path, monkeypatch, capfd) -> None:
     """A real EIO that is gone at the second attempt; a file that became a FIFO stays one."""
     source = write_pairs(tmp_path / "source", 128)
