@@ -167,7 +167,9 @@ def test_a_folder_of_links(project: Path) -> None:
     (project / "pictures" / "x").mkdir(parents=True)
     for name in ("x/a.jpg", "b.jpg"):
         (project / "pictures" / name).write_bytes(name.encode())
-    (project / "captions.csv").write_text('file,caption\nx/a.jpg,"one, é"\nb.jpg,two\n', "utf-8")
+    (project / "captions.csv").write_text(
+        'file,caption\nx/a.jpg,"one, é"\nb.jpg,two\n', "utf-8-sig"
+    )
     subprocess.run([sys.executable, "-c", loop], cwd=project, check=True)
     said = run("./run_parallel.sh --source links --output linked --num-shards 1", project)
     assert "2 samples in 1 shard," in said
