@@ -51,15 +51,21 @@ clean: ## remove .venv and caches; the data stays
 	rm -rf .venv .venv-interop .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# A .venv of an older Python, or without pip (as Debian leaves it without python3-venv), is made anew.
+define make-venv
+@$(1)/bin/python -S sharding/__init__.py 2>&- && $(1)/bin/python -m pip --version >/dev/null 2>&1 || \
+    { $(PYTHON) -S sharding/__init__.py && $(PYTHON) -m venv --clear $(1); }
+endef
+
 # Where pip would choose a CUDA build of torch, put a CPU build into .venv-interop first.
 .venv-interop/ready: tests/interop/requirements.txt
-	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
+	$(call make-venv,.venv-interop)
 	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 .venv/ready: requirements.txt
 	@echo 'making .venv, once'
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(call make-venv,.venv)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 

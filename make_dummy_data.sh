@@ -3,7 +3,7 @@
 # Files that are there already are left as they are.
 set -euo pipefail
 
-here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")") # of the script, not of a link to it
 python=${PYTHON:-$here/.venv/bin/python}
 [[ -n ${PYTHON:-} || -x $python ]] || python=python3
 
@@ -18,6 +18,7 @@ elif (($# > 2)) || ! [[ $count =~ ^[0-9]{1,9}$ ]]; then
   exit 2
 fi
 
+[[ ! -e $here/sharding ]] || "$python" -S "$here/sharding/__init__.py" || exit # it is too old
 exec "$python" - "$((10#$count))" "$directory" <<'EOF'
 import colorsys
 import io

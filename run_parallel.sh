@@ -2,13 +2,19 @@
 # Pack a folder of samples into WebDataset shards, with background processes on this machine.
 set -euo pipefail
 
-here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")") # of the script, not of a link to it
+if [[ ! -e $here/sharding ]]; then
+  echo "run_parallel.sh: error: $here has no folder 'sharding'. Leave the script where it is and call" \
+    'it by its path. A batch system copies what it is given: sbatch --wrap "/path/run_parallel.sh ..."' >&2
+  exit 2
+fi
 python=${PYTHON:-$here/.venv/bin/python}
 [[ -n ${PYTHON:-} || -x $python ]] || python=python3
 if ! command -v "$python" >/dev/null; then
   echo "run_parallel.sh: error: no interpreter: $python (set PYTHON to one)" >&2
   exit 2
 fi
+"$python" -S "$here/sharding/__init__.py" || exit # it is too old
 
 start=("$python" "$here/sharding" start --hold "$$")
 for flag in "$@"; do

@@ -12,8 +12,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
 if not __package__:  # run as `python sharding`
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from sharding.command import (
