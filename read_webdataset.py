@@ -80,8 +80,18 @@ def sample_text(sample: Mapping[str, Any]) -> str:
     return one_line(text) + (f"... ({len(data):,} bytes)" if len(text) > TEXT_LIMIT else "")
 
 
+def short_text(data: bytes) -> str | None:
+    """Return what a field holds in one line, such as a class or JSON; None if that is no text."""
+    try:
+        text = data.decode().strip()
+    except UnicodeDecodeError:
+        return None
+    plain = all(c.isprintable() or c in "\t\n\r" for c in text)
+    return one_line(text) if plain and 0 < len(text) <= TEXT_LIMIT else None
+
+
 def print_sample(number: int, sample: Mapping[str, Any]) -> None:
-    """Print a sample: its key, text and image size, and the size of any other field."""
+    """Print a sample: its key, text and image size; of other fields a short text, or the size."""
     from sharding.images import image_size, is_image
 
     print(f"--- Sample {number} ---\nKey: {one_line(sample['__key__'])}")
@@ -91,7 +101,8 @@ def print_sample(number: int, sample: Mapping[str, Any]) -> None:
         if is_image(field):
             print(f"Image size: {image_size(data)}")
         elif field != "txt" and not field.startswith("__"):
-            print(f"{one_line(field)}: {len(data)} bytes")
+            text = short_text(data)
+            print(f"{one_line(field)}: {f'{len(data)} bytes' if text is None else text}")
 
 
 def print_samples(shards: Sequence[str], limit: int | None) -> None:

@@ -117,3 +117,33 @@ def test_head_of_the_output(tmp_path: Path) -> None:
         assert process.stdout.readline() == b"--- Sample 0 ---\n"
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_short_texts_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    contents = {
+        "jpg": jpeg(4, 4), "txt": b"words", "cls": b"3\n", "json": b'{\n "a": 1\n}',
+        "npy": b"\x93NUMPY", "caption": "\u00e9t\u00e9".encode(), "bin": b"a\x00b",
+        "esc": b"\x1b[31m", "long": b"x" * 201, "none": b"", "seg.png": jpeg(2, 3),
+    }  # fmt: skip
+    (tmp_path / "source").mkdir()
+    for field, data in contents.items():
+        (tmp_path / "source" / f"a.{field}").write_bytes(data)
+    create_webdataset.create_webdataset(tmp_path / "source", tmp_path / "o", 0, 1, list(contents))
+    assert (
+        read_webdataset.main(["--path", str(tmp_path / "o"), "--fields", ",".join(contents)]) == 0
+    )
+    assert capfd.readouterr().out.splitlines()[:-1] == [
+        "--- Sample 0 ---",
+        "Key: a",
+        "Text: words",
+        "bin: 3 bytes",
+        "caption: \u00e9t\u00e9",
+        "cls: 3",
+        "esc: 5 bytes",
+        f"Image size: 4x4, {len(contents['jpg'])} bytes",
+        'json: {\\n "a": 1\\n}',
+        "long: 201 bytes",
+        "none: 0 bytes",
+        "npy: 6 bytes",
+        f"Image size: 2x3, {len(contents['seg.png'])} bytes",
+    ]
