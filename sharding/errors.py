@@ -54,7 +54,7 @@ def count(number: int, noun: str) -> str:
 
 def warn(message: str) -> None:
     """Tell the user, in one line on stderr, what is unusual but not an error."""
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {explain(PackError(message))}", file=sys.stderr)
 
 
 def explain(error: BaseException) -> str:

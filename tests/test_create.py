@@ -386,3 +386,14 @@ def test_as_a_script(tmp_path: Path) -> None:
     done = run_script("create_webdataset.py", *flags)
     assert (done.returncode, done.stdout) == (0, "Shard 1 created with 1 samples.\n"), done.stderr
     assert run_script("create_webdataset.py", "--help").returncode == 0
+
+
+def test_a_warning_names_flags(tmp_path: Path) -> None:
+    source, output = write_pairs(tmp_path / "source", 4), tmp_path / "o"
+    flags = ["--source", source, "--output", output, "--shard-id=0"]
+    for total in ("4", "2"):
+        step = [f"--total-shards={total}", "--shard-step=1"]
+        done = run_script("create_webdataset.py", *flags, *step)
+    assert done.returncode == 0 and "warning: " in done.stderr
+    assert "give the same --total-shards, or delete it\n" in done.stderr
+    assert "\0" not in done.stderr and "\\x00" not in done.stderr
