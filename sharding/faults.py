@@ -27,6 +27,14 @@ class Kind(NamedTuple):
     cure: str
 
 
+class Odd(NamedTuple):
+    """A name that is no regular file, or that cannot be looked at."""
+
+    name: str
+    kind: Kind  # INCOMPLETE if it was seen to be no regular file
+    detail: str
+
+
 INCOMPLETE = Kind(
     "incomplete",
     "samples that lack a field",
@@ -52,6 +60,11 @@ BAD_NAME = Kind(
 )
 CIRCLE = Kind("circle", "folders that are links to a folder they lie in", "remove the link")
 DENIED = Kind("permission denied", "names that may not be read", "change their mode or owner")
+UNREACHABLE = Kind(
+    "unreachable",
+    "names that cannot be looked at, and may be folders of samples",
+    "mount or repair what they lead to, or remove them",
+)
 
 
 class Report:

@@ -6,11 +6,13 @@ See `places.Source`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
 import stat
 import time
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -19,13 +21,15 @@ from typing import TYPE_CHECKING, BinaryIO
 from sharding import faults
 from sharding.batch import CHANGED, STAMP, Batch, in_order, new_stamp
 from sharding.errors import InputError, PackError, argument, explain, naming
+from sharding.faults import Odd, quote
 from sharding.samples import Sample
 
 if TYPE_CHECKING:
     from sharding.listing import Scan
 
-Parents = tuple[tuple[int, int], ...]  # device and inode of each
+Parents = tuple[str, ...]  # the real path of each
 
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process, not faults of a name
 WHOLE_SIZE = 64 << 10  # bytes of a file that is read whole; larger ones are copied
 AHEAD_SIZE = 512 << 10  # the same as WHOLE_SIZE, for files that are read ahead
 SLOW_READ = 0.0005  # seconds a file; a local disk takes a hundredth of that to open one
@@ -61,32 +65,65 @@ class LargeFile(io.FileIO):
 
 def list_files(scan: Scan) -> None:
     """List all files below a source."""
-    left: list[tuple[str, Parents]] = [("", ())]  # "" or "cats/", and what tells its parents
-    while left:
-        _list_folder(scan, *left.pop(), left)
+    walk = _Walk(scan)
+    while walk.left:
+        walk.list_folder(*walk.left.pop())
+    for prefix, names in walk.vanished.items():
+        for name in _still_listed(_folder(scan, prefix), names):
+            scan.note_odd("", "", names[name])
 
 
-def _list_folder(
-    scan: Scan, prefix: str, parents: Parents, left: list[tuple[str, Parents]]
-) -> None:
-    """List the folder at `prefix`; add those within it to what is left."""
-    held: dict[str, tuple[str, ...]] = {}  # stem -> the extensions that are fields
-    grown, dots = scan.grown, scan.replace_dots  # the loop sees each file of a dataset
-    folder = os.path.join(scan.source, prefix[:-1]) if prefix else scan.source
-    try:
-        status = os.stat(folder)
-        itself = status.st_dev, status.st_ino
-        if itself in parents:
-            scan.fault(faults.CIRCLE, prefix[:-1])
+def _folder(scan: Scan, prefix: str) -> str:
+    """Return the path of the folder at "" or "cats/"."""
+    return os.path.join(scan.source, prefix[:-1]) if prefix else scan.source
+
+
+class _Walk:
+    """What is left of a source to list."""
+
+    def __init__(self, scan: Scan) -> None:
+        self.scan = scan
+        self.left: list[tuple[str, bool, Parents]] = [("", True, ())]
+        self.vanished: dict[str, dict[str, Odd]] = defaultdict(dict)  # folders, by their parent
+
+    def list_folder(self, prefix: str, linked: bool, above: Parents) -> None:
+        """List the folder at `prefix`, "" or "cats/"; add those within it to what is left.
+
+        Links alone make circles, and paths alone tell: on some mounts inode numbers change.
+        """
+        folder = _folder(self.scan, prefix)
+        parent, _, name = prefix[:-1].rpartition("/")
+        real = os.path.realpath(folder) if linked else os.path.join(above[-1], name)
+        if real in above:
+            self.scan.fault(faults.CIRCLE, prefix[:-1])
             return
-        entries = os.scandir(folder)
-    except OSError as error:
-        if not prefix or not isinstance(error, PermissionError):
-            message = f"{argument('source')} cannot be listed: {explain(error)}"
-            raise InputError(message) from None
-        scan.fault(faults.DENIED, prefix[:-1])
-        return
-    with entries:
+        try:
+            entries = os.scandir(folder)
+        except OSError as error:
+            if not prefix or error.errno in SHORTAGES:
+                raise _cannot_list(error) from None
+            odd = _odd(prefix[:-1], error)
+            if isinstance(error, FileNotFoundError) and _is_gone(folder):
+                self.vanished[f"{parent}/" if parent else ""][name] = odd
+            else:
+                self.scan.note_odd("", "", odd)
+            return
+        try:
+            with entries:
+                self.list_entries(prefix, entries, (*above, real))
+        except OSError as error:
+            if error.filename == folder:
+                raise _cannot_list(error) from None
+            raise  # the report cannot be written
+
+    def list_entries(
+        self, prefix: str, entries: Iterable[os.DirEntry[str]], parents: Parents
+    ) -> None:
+        """Note all names of a folder."""
+        scan = self.scan
+        held: dict[str, tuple[str, ...]] = {}  # stem -> the extensions that are fields
+        vanished: dict[str, tuple[str, str, Odd]] = {}
+        grown, dots = scan.grown, scan.replace_dots  # the loop sees each file of a dataset
         for entry in entries:
             name = entry.name
             if name[0] == ".":
@@ -95,23 +132,24 @@ def _list_folder(
                 stem, _, extension = name.partition(".")
             else:
                 stem, extension = scan.split_at_field(name)
-            if not entry.is_file(follow_symlinks=False):
-                try:
-                    mode = os.stat(entry.path).st_mode  # of what a link leads to
-                except PermissionError:
-                    scan.fault(faults.DENIED, prefix + name)
-                    continue
-                except OSError:
-                    mode = 0
-                if stat.S_ISDIR(mode):
-                    left.append((f"{prefix}{name}/", (*parents, itself)))
-                    continue
-                if not stat.S_ISREG(mode):
-                    if extension.lower() in scan.known:  # that field is lacking
+            try:
+                plain = entry.is_file(follow_symlinks=False)
+            except OSError:  # where a listing tells no types, this looks at the file
+                plain = False
+            if not plain:
+                found = _mode(entry.path)
+                if isinstance(found, OSError):
+                    if isinstance(found, FileNotFoundError) and _is_gone(entry.path):
+                        vanished[name] = stem, extension, _odd(prefix + name, found)
+                    elif scan.note_odd(prefix + stem, extension, _odd(prefix + name, found)):
                         held.setdefault(stem, ())
-                        scan.irregular[prefix + stem].append(prefix + name)
-                    else:
-                        scan.ignore(prefix + name, "not a regular file")
+                    continue
+                if stat.S_ISDIR(found):
+                    self.left.append((f"{prefix}{name}/", entry.is_symlink(), parents))
+                    continue
+                if not stat.S_ISREG(found):
+                    if scan.note_odd(prefix + stem, extension, _odd(prefix + name)):
+                        held.setdefault(stem, ())
                     continue
             before = held.get(stem, ())
             try:
@@ -122,7 +160,70 @@ def _list_folder(
                 scan.note_ignored(prefix, name)
             else:
                 held[stem] = after
-    scan.add_samples(prefix, held)
+        for name in _still_listed(_folder(scan, prefix), vanished):
+            stem, extension, odd = vanished[name]
+            if scan.note_odd(prefix + stem, extension, odd):
+                held.setdefault(stem, ())
+        scan.add_samples(prefix, held)
+
+
+def _cannot_list(error: OSError) -> InputError:
+    """Return the error that the source cannot be listed, or not to its end."""
+    return InputError(f"{argument('source')} cannot be listed: {explain(error)}")
+
+
+def _odd(name: str, error: OSError | None = None) -> Odd:
+    """Return why a name is no file to pack."""
+    if error is None:
+        return Odd(name, faults.INCOMPLETE, "is no regular file")
+    if isinstance(error, PermissionError):
+        return Odd(name, faults.DENIED, "")
+    try:
+        what = f"is a link to {quote(os.readlink(error.filename))}"
+    except OSError:
+        what = "is unreachable"
+    return Odd(name, faults.UNREACHABLE, f"{what}: {error.strerror}")
+
+
+def _mode(path: str) -> int | OSError:
+    """Return the mode of what a path leads to, or why that cannot be looked at."""
+    try:
+        try:
+            return os.stat(path).st_mode
+        except FileNotFoundError:
+            os.lstat(path)
+            return os.stat(path).st_mode  # it may have been replaced meanwhile
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise _cannot_list(error) from None
+        return error
+
+
+def _is_gone(path: str) -> bool:
+    """Tell whether a name that was listed is no longer there: it is no link that leads nowhere."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _still_listed(folder: str, names: Iterable[str]) -> list[str]:
+    """Return those names, of which nothing was there, that their folder still lists.
+
+    So do some network mounts for names that they cannot spell: such a name has not gone.
+    """
+    if not names:
+        return []
+    try:
+        there = set(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _cannot_list(error) from None
+    return [name for name in names if name in there]
 
 
 def listed_bytes(samples: Iterable[Sample]) -> int:  # noqa: ARG001

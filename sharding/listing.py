@@ -20,14 +20,13 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
-from sharding import faults
+from sharding import faults, hints
 from sharding.errors import InputError, argument, warn
-from sharding.faults import Kind, Report, Tally, quote
+from sharding.faults import Kind, Odd, Report, Tally, quote
 from sharding.places import source_at
 from sharding.samples import Fields, Sample, judge, name_fault, parse_fields
 from sharding.urls import canonical, is_url
 
-PICTURES = frozenset(("bmp", "gif", "heic", "heif", "jpeg", "jpg", "png", "tif", "tiff", "webp"))
 MAX_GROWN = 100_000  # entries of a table that only saves time
 
 
@@ -110,10 +109,9 @@ class Scan:
         self.samples: list[Sample] = []
         self.tallies: dict[Kind, Tally] = defaultdict(Tally)
         self.ignored: Counter[str] = Counter()  # by extension
-        self.unknown: Counter[str] = Counter()  # the same, but from the first dot on
-        self.dotted: Counter[str] = Counter()  # names with a dot before the field, the same way
-        self.lacking: Counter[str] = Counter()  # fields that samples lack
-        self.irregular: dict[str, list[str]] = defaultdict(list)  # stem -> names that are no files
+        self.dotted: Counter[str] = Counter()  # names with a dot before the field, from the first
+        self.loose = hints.Loose()
+        self.odd: dict[str, list[Odd]] = defaultdict(list)  # stem -> fields that are no files
         self.forms: dict[str, str] = {}  # NFC form of an incomplete key -> the key
         self.same_form: tuple[str, str] | None = None  # two of these that look the same
         # (extensions of a stem, one more) -> all of them, or None where the one is no field
@@ -143,12 +141,15 @@ class Scan:
 
     def note_ignored(self, prefix: str, name: str) -> None:
         """Note a file that is no part of a sample."""
-        rest = name.partition(".")[2].lower()
-        dotted = name.lower().endswith(self.endings)
-        seen = self.dotted if dotted else self.unknown
-        if rest in seen or len(seen) < MAX_GROWN:
-            seen[rest] += 1
-        if dotted:
+        stem, _, rest = name.partition(".")
+        if self.replace_dots is None:
+            self.loose.add(prefix + stem, (rest,))
+        else:
+            self.loose.add(prefix + os.path.splitext(name)[0], (name.rpartition(".")[2],))
+        if name.lower().endswith(self.endings):
+            rest = rest.lower()
+            if rest in self.dotted or len(self.dotted) < MAX_GROWN:
+                self.dotted[rest] += 1
             self.fault(faults.DOTTED, prefix + name)
         else:
             self.ignore(prefix + name, name[name.rindex(".") :] if "." in name else "")
@@ -179,8 +180,9 @@ class Scan:
                 kind, which = fault, ()
             elif dotted and dotted[name] > 1:
                 kind, which = faults.MEETING, ()
-            elif not kind and self.irregular and prefix + stem in self.irregular:
-                kind, which = faults.INCOMPLETE, ()
+            elif self.odd and prefix + stem in self.odd:
+                if kind in (None, faults.INCOMPLETE):
+                    kind = self.odd[prefix + stem][0].kind
             elif not kind and self.skip_bad and not self.may_read(prefix + stem, extensions):
                 kind, which = faults.DENIED, ()
             if kind:
@@ -197,30 +199,41 @@ class Scan:
         paths = [f"{stem}.{extension}" for extension in extensions]
         return source_at(self.source).may_read(self.source, paths)
 
-    def fault(self, kind: Kind, name: str) -> None:
+    def fault(self, kind: Kind, name: str, detail: str = "") -> None:
         """Note a name that is refused."""
-        self.tallies[kind].add(quote(name))
-        self.report.add(name, kind.reason)
+        self.tallies[kind].add(f"{quote(name)} {detail}".rstrip())
+        self.report.add(name, kind.reason, detail)
+
+    def note_odd(self, stem: str, extension: str, odd: Odd) -> bool:
+        """Note what is no file; tell whether it is a field, which `add_samples` finds lacking."""
+        if extension.lower() in self.known:
+            self.odd[stem].append(odd)
+            return True
+        if odd.kind is faults.INCOMPLETE:
+            self.ignore(odd.name, "not a regular file")
+        else:
+            self.fault(odd.kind, odd.name, odd.detail)
+        return False
 
     def fault_of_stem(
         self, kind: Kind, stem: str, extensions: tuple[str, ...], which: tuple[str, ...]
     ) -> None:
         """Note all the files of a stem, which are refused together."""
         names = [f"{stem}.{extension}" for extension in extensions]
-        irregular = self.irregular.pop(stem, [])
+        odd = self.odd.pop(stem, [])
         detail, shown = "", quote(stem)
-        if kind is faults.INCOMPLETE:
-            if names and not irregular and len(which) == len(self.fields.required):
+        if odd and kind is odd[0].kind:
+            self.loose.add(stem, (*extensions, *(one.name.partition(".")[2] for one in odd)))
+            detail = odd[0].detail
+            shown = f"{quote(odd[0].name)} {detail}".rstrip()
+        elif kind is faults.INCOMPLETE:
+            if names and len(which) == len(self.fields.required):
                 for name, extension in zip(names, extensions, strict=True):
                     self.ignore(name, f".{extension}")  # optional fields alone make no sample
                 return
-            self.lacking.update(which)
-            if which:
-                detail = f"has no .{which[0].replace(';', ' or .')}"
-                shown = f"{quote(names[0])} {detail}" if names else ""
-            if irregular:
-                detail = "no regular file"
-                shown = f"{quote(irregular[0])} is {detail}"
+            self.loose.add(stem, extensions)
+            detail = f"has no .{which[0].replace(';', ' or .')}"
+            shown = f"{quote(names[0])} {detail}"
             if not stem.isascii():
                 other = self.forms.setdefault(unicodedata.normalize("NFC", stem), stem)
                 self.same_form = self.same_form or ((other, stem) if other != stem else None)
@@ -228,7 +241,7 @@ class Scan:
             wrong = [name for name, e in zip(names, extensions, strict=True) if e.lower() in which]
             shown = " and ".join(map(quote, wrong))
         self.tallies[kind].add(shown)
-        for name in names + irregular:
+        for name in (*names, *(one.name for one in odd)):
             self.report.add(name, kind.reason, detail)
 
     def skipped(self) -> dict[str, int]:
@@ -242,10 +255,12 @@ class Scan:
         for kind, tally in self.tallies.items():
             first, cure = ", ".join(tally.first()), kind.cure
             if kind is faults.INCOMPLETE:
-                cure += self.hint()
+                cure += self.hint() or faults.left_out("also there", self.ignored)
             if kind is faults.DOTTED:
                 rest, number = self.dotted.most_common(1)[0]
-                if number == tally.number:  # all end alike, so this may be a field
+                if number == tally.number and hints.is_optional(
+                    rest, self.fields, self.loose, self.samples
+                ):
                     cure += f", or {argument('optional_fields')} {rest}"
             cure += f"; {argument('skip_bad')} drops them"
             lines.append(f"{where} has {kind.what}: {tally.number:,} ({first}); {cure}")
@@ -267,31 +282,7 @@ class Scan:
         if self.same_form:
             one, two = map(quote, self.same_form)
             return f"; {one} and {two} differ in Unicode form alone (NFC, NFD): give both one form"
-        fields = [";".join(entry) for entry in self.fields.required]
-        spelled, found = list(fields), []
-        for place, entry in enumerate(fields):
-            fitting = self.fitting(entry)
-            there, number = sum(self.unknown[one] for one in fitting), self.lacking[entry]
-            if there >= number > 0 or not (self.lacking or self.samples):
-                spelled[place] = ";".join([entry, *fitting] if self.samples else fitting or [entry])
-                found += fitting
-        if found:
-            files = f"{' and '.join(f'.{one}' for one in found)} files are there"
-            numbers = ", ".join(f"{self.unknown[one]:,}" for one in found)
-            return f'; {files} ({numbers}): {argument("fields")} "{",".join(spelled)}"?'
-        if len(self.lacking) > 1 and not self.samples:
-            either = ";".join(sorted(self.lacking))
-            rest = [field for field in fields if field not in self.lacking]
-            flag = f'{argument("fields")} "{",".join([either, *rest])}"'
-            return f"; if each sample has one of these: {flag}"
-        return ""
-
-    def fitting(self, entry: str) -> list[str]:
-        """Return extensions that are no fields, but may be meant by an entry."""
-        ranked = sorted(self.unknown, key=lambda one: (-self.unknown[one], one))
-        if PICTURES.intersection(entry.split(";")):
-            return [one for one in ranked if one in PICTURES]
-        return [one for one in ranked if one.rpartition(".")[2] not in PICTURES][:1]
+        return hints.hint(self.fields, self.loose, self.samples)
 
 
 @contextlib.contextmanager

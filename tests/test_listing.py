@@ -5,9 +5,13 @@ What is packed is compared with a model of a few lines, which shares nothing wit
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -159,19 +163,6 @@ def test_unicode_forms(tmp_path: Path) -> None:
         list_samples(source)
 
 
-@pytest.mark.parametrize(
-    ("fields", "names", "hint"),
-    [
-        ("jpg,png,txt", ["a.jpg", "a.txt", "b.png", "b.txt"], '"jpg;png,txt"'),
-        ("jpg,txt", ["a.jpg", "a.txt", "b.png", "b.txt"], '"jpg;png,txt"'),
-        ("jpg,txt", ["b.png", "b.txt"], '"png,txt"'),
-    ],
-)
-def test_hints(fields: str, names: list[str], hint: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=hint):
-        list_samples(touch(tmp_path, *names), fields)
-
-
 @pytest.mark.parametrize("fields", ["jpg|png,txt", "jpg;,txt", "jpg;jpg,txt", "jpg,txt;jpg", ";"])
 def test_alternatives_that_cannot_be(fields: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be a field|twice"):
@@ -307,8 +298,10 @@ def model_of(source: str, fields: str, optional: str, dots: str | None) -> Model
                 stem, field = matching[0]
                 whole = os.path.isfile(full)
                 groups.setdefault((prefix, stem), []).append((path, field if whole else None))
-            elif os.path.isfile(full) and any(name.lower().endswith("." + f) for f in known):
-                faults[path] += 1
+            elif not os.path.exists(full) or (
+                os.path.isfile(full) and any(name.lower().endswith("." + f) for f in known)
+            ):
+                faults[path] += 1  # a link that leads nowhere, or a dot before the field
             else:
                 ignored[path] += 1
     keys = Counter(p + (s.replace(".", dots) if dots else s) for p, s in groups)
@@ -427,17 +420,18 @@ def test_as_the_model_says(tmp_path_factory, entries, fields, optional, dots, to
     shutil.rmtree(root, ignore_errors=True)
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.png", "z.json"])
+@pytest.mark.parametrize("name", ["a.json", "a.png", "z.json", "z.md", "train"])
 def test_a_dangling_link_is_not_left_out(name: str, tmp_path: Path) -> None:
     """As where a volume with the annotations is not mounted: also if the field is optional."""
     source = touch(tmp_path, "a.jpg", "a.txt", "b.jpg", "b.txt")
     (source / name).symlink_to("/nowhere/x")
     flags = {"fields": "jpg;png,txt", "optional_fields": "json"}
-    with pytest.raises(InputError, match=f"1 .'{name}' is no regular file"):
+    why = f"at, .*: 1 .'{name}' is a link to '/nowhere/x': No such file or directory.; mount"
+    with pytest.raises(InputError, match=why):
         list_samples(source, **flags)
     listing = list_samples(source, **flags, skip_bad=True)
-    assert [s.key for s in listing.samples] == (["a", "b"] if name[0] == "z" else ["b"])
-    assert listing.skipped == {"incomplete": 1} and not listing.ignored
+    assert [s.key for s in listing.samples] == (["b"] if name[0] == "a" else ["a", "b"])
+    assert listing.skipped == {"unreachable": 1} and not listing.ignored
 
 
 def test_a_link_below_a_denied_folder(tmp_path: Path) -> None:
@@ -471,17 +465,171 @@ def test_a_report_harms_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert (tmp_path / "old").read_text() == "of an earlier run" and hashes(source) == before
 
 
-def test_hints_that_work_when_followed(tmp_path: Path) -> None:
-    one, two, three = tmp_path / "one", tmp_path / "two", tmp_path / "three"
-    touch(one, "a.jpg", "a.txt", "c.jpg", "d.json")
-    with pytest.raises(InputError) as caught:
-        list_samples(one, optional_fields="json")
-    assert "files are there" not in str(caught.value), "json is known already"
-    touch(two, "a.jpg", "a.caption.md")
-    with pytest.raises(InputError, match=r'fields "jpg,caption\.md"'):
-        list_samples(two)
-    assert len(list_samples(two, "jpg,caption.md").samples) == 1
-    touch(three, "7.jpg", "7.txt", "7.seg.jpg", "8.jpg", "8.txt")
-    with pytest.raises(InputError, match=r"or optional_fields seg\.jpg"):
-        list_samples(three)
-    assert len(list_samples(three, optional_fields="seg.jpg").samples) == 2
+@pytest.fixture(scope="module")
+def preload(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A library that plays folders which cannot be reached."""
+    library = tmp_path_factory.mktemp("preload") / "odd_folders.so"
+    compiler = shutil.which("cc")
+    if not compiler or sys.platform != "linux":
+        pytest.skip("needs a C compiler, and Linux")
+    source = Path(__file__).with_name("odd_folders.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return str(library)
+
+
+def pack_oddly(preload: str, source: Path, output: Path, *flags: str, **odd: object):
+    """Pack while system calls fail as these variables say."""
+    environment = {"LD_PRELOAD": preload, **{name: str(value) for name, value in odd.items()}}
+    base = ["--source", source, "--output", output, "--shard-id=0", "--total-shards=1"]
+    return run_script("create_webdataset.py", *base, *flags, env=environment)
+
+
+DEAD = [errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.ENODEV, errno.ETIMEDOUT, errno.ELOOP]
+
+
+@pytest.mark.parametrize("number", [*DEAD, errno.EACCES])
+@pytest.mark.parametrize("call", ["STAT_ERRNO", "LSTAT_ERRNO", "OPENDIR_ERRNO"])
+def test_a_folder_that_cannot_be_reached(call: str, number: int, preload: str, tmp_path) -> None:
+    source = write_pairs(tmp_path / "source", 5)
+    write_pairs(source / "train", 20)
+    odd = {call: number, "ODD_NAME": "/train"}
+    done = pack_oddly(preload, source, tmp_path / "o", **odd)
+    assert done.returncode == 2 and not (tmp_path / "o").exists(), done
+    reason = "permission denied"
+    if number == errno.EACCES:
+        assert "may not be read: 1 ('train'); change" in done.stderr
+    else:
+        reason = "unreachable"
+        said = f"folders of samples: 1 ('train' is unreachable: {os.strerror(number)}); mount or"
+        assert said in done.stderr and done.stderr.count("\n") == 1
+    report = tmp_path / "report"
+    flags = ["--skip-bad", f"--report={report}"]
+    done = pack_oddly(preload, source, tmp_path / "o", *flags, **odd)
+    assert done.returncode == 0 and len(packed(tmp_path / "o")) == 10, done
+    (line,) = map(json.loads, report.read_text().splitlines())
+    assert (line["name"], line["reason"]) == ("train", reason)
+    proof = ["--path", tmp_path / "o", "--source", source, "--quiet"]
+    assert run_script("read_webdataset.py", *proof).returncode == 1, "it is back"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_a_shortage_is_no_fault_of_a_name(number: int, preload: str, tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "source", 5)
+    write_pairs(source / "train", 20)
+    for call in ("STAT_ERRNO", "OPENDIR_ERRNO"):
+        odd = {call: number, "ODD_NAME": "/train"}
+        done = pack_oddly(preload, source, tmp_path / "o", "--skip-bad", **odd)
+        said = f"--source cannot be listed: '{source}/train': {os.strerror(number)}"
+        assert done.returncode == 2 and said in done.stderr and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOTCONN, errno.ESTALE])
+@pytest.mark.parametrize("flags", [[], ["--skip-bad"]])
+def test_a_listing_that_breaks_in_the_middle(flags, number: int, preload: str, tmp_path) -> None:
+    """Nobody knows what it would have named, so nothing can be skipped."""
+    source = write_pairs(tmp_path / "source" / "train", 20).parent
+    odd = {"READDIR_ERRNO": number, "ODD_NAME": "/train"}
+    done = pack_oddly(preload, source, tmp_path / "o", *flags, **odd)
+    said = f"--source cannot be listed: '{source}/train': {os.strerror(number)}\n"
+    assert done.returncode == 2 and done.stderr.endswith(said), done
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("name", ["sample-1.txt", "sample-1.json", "train"])
+def test_a_file_system_that_tells_no_types(name: str, preload: str, tmp_path: Path) -> None:
+    """There each file is looked at; one that cannot be is refused with its sample."""
+    source = touch(
+        write_pairs(tmp_path / "source", 5), "sample-1.json", "train/a.jpg", "train/a.txt"
+    )
+    optional = "--optional-fields=json"
+    done = pack_oddly(preload, source, tmp_path / "all", optional, NO_TYPES=1)
+    assert done.returncode == 0 and len(packed(tmp_path / "all")) == 13, done
+    odd = {"NO_TYPES": 1, "LSTAT_ERRNO": errno.EIO, "ODD_NAME": f"/{name}"}
+    done = pack_oddly(preload, source, tmp_path / "o", optional, **odd)
+    said = f"1 ('{name}' is unreachable: Input/output error)"
+    assert done.returncode == 2 and said in done.stderr, done
+    done = pack_oddly(preload, source, tmp_path / "o", optional, "--skip-bad", **odd)
+    gone = {key for key in packed(tmp_path / "all") if key.startswith(name.partition(".")[0])}
+    assert packed(tmp_path / "o").keys() == packed(tmp_path / "all").keys() - gone
+
+
+def test_names_that_vanish(preload: str, tmp_path: Path, monkeypatch) -> None:
+    """Those that are listed no more are gone; what is listed but never found is refused."""
+    source = write_pairs(tmp_path / "source", 2)
+    for name in ("1.txt", "old.png", "folder"):
+        (source / name).symlink_to(source)
+    real = os.stat
+
+    def removing(path, *args, **options):  # as a person does just after the listing
+        if os.path.islink(path):
+            os.unlink(path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", removing)
+    listing = list_samples(source)
+    assert len(listing.samples) == 2 and not listing.ignored and not listing.skipped
+    monkeypatch.undo()
+    touch(source, "x\u00e9/a.jpg", "x\u00e9/a.txt")
+    for call in ("LSTAT_ERRNO", "OPENDIR_ERRNO"):
+        odd = {call: errno.ENOENT, "LSTAT_ERRNO": errno.ENOENT, "ODD_NAME": "x\u00e9"}
+        odd |= {"NO_TYPES": 1} if call == "LSTAT_ERRNO" else {}
+        done = pack_oddly(preload, source, tmp_path / "o", **odd)
+        assert done.returncode == 2, done
+        assert "1 ('x\u00e9' is unreachable: No such file or directory)" in done.stderr
+
+
+def test_a_folder_that_vanishes(tmp_path: Path, monkeypatch) -> None:
+    source = write_pairs(tmp_path / "source", 2)
+    (source / "old").mkdir()
+    scandir = os.scandir
+
+    def removing(path: str):
+        if path.endswith("/old"):
+            os.rmdir(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", removing)
+    assert len(list_samples(source).samples) == 2
+
+
+@pytest.mark.parametrize("inodes", ["0", "new"])
+def test_circles_without_inode_numbers(inodes: str, preload: str, tmp_path: Path) -> None:
+    """Some mounts give new numbers each time, others the same to every folder."""
+    source = touch(tmp_path / "source", *(f"{n}/in/a.{f}" for n in "xyz" for f in ("jpg", "txt")))
+    done = pack_oddly(preload, source, tmp_path / "o", ODD_INODES=inodes)
+    assert done.returncode == 0 and len(packed(tmp_path / "o")) == 6, done
+    (source / "x" / "in" / "loop").symlink_to(source)
+    (source / "y" / "up").symlink_to("../../source/y")
+    done = pack_oddly(preload, source, tmp_path / "p", ODD_INODES=inodes)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "they lie in: 2 ('x/in/loop', 'y/up'); remove" in done.stderr, done
+    done = pack_oddly(preload, source, tmp_path / "p", "--skip-bad", ODD_INODES=inodes)
+    assert done.returncode == 0 and packed(tmp_path / "p") == packed(tmp_path / "o")
+
+
+def test_a_mount_that_has_died(tmp_path: Path) -> None:
+    """A real one: its server ends, and the kernel knows."""
+    source = write_pairs(tmp_path / "source", 5)
+    (source / "train").mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        fuse = os.open("/dev/fuse", os.O_RDWR)
+    except OSError:
+        pytest.skip("no FUSE")
+    options = f"fd={fuse},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    target = os.fsencode(source / "train")
+    failed = libc.mount(b"test", target, b"fuse", 0, options.encode())
+    os.close(fuse)
+    if failed:
+        pytest.skip("may not mount")
+    try:
+        flags = ["--source", source, "--output", tmp_path / "o", "--num-shards=1"]
+        done = run_script("run_parallel.sh", *flags)
+        said = "1 ('train' is unreachable: Transport endpoint is not connected); mount or repair"
+        assert done.returncode == 2 and said in done.stderr and not (tmp_path / "o").exists()
+        done = run_script("run_parallel.sh", *flags, "--skip-bad")
+        assert done.returncode == 0 and "; skipped: 1 unreachable" in done.stdout, done
+        done = run_script("run_parallel.sh", *flags, "--source", source / "train", "--skip-bad")
+        assert done.returncode == 2 and "cannot be listed" in done.stderr, done
+    finally:
+        libc.umount2(target, 2)
