@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     usual: tuple[str, ...] = ()  # extensions of the samples whose line is their key alone
     run: str = ""  # in a bucket, the id of the run
     source_bytes: int = 0  # that must be fetched: of a bucket, of all samples
-    digest: str = _NO_DIGEST  # of the samples, as they are dealt
+    digest: str = _NO_DIGEST  # of the samples, as they are dealt, whatever their files hold
 
     @property
     def begun(self) -> str:
@@ -56,9 +56,12 @@ def dump_plan(stream: BinaryIO, plan: Plan, samples: Sequence[Sample]) -> Plan:
     stream.write((_PLACE * (total + 1) % ((0,) * (total + 1))).encode())
     for shard_id in range(total):
         places.append(stream.tell())
-        lines = "".join(_to_lines(deal(samples, shard_id, total), plan.usual)).encode()
-        seen.update(lines)
+        dealt = deal(samples, shard_id, total)
+        lines = "".join(_to_lines(dealt, plan.usual)).encode()
         stream.write(lines)
+        if dealt and dealt[0].listed:  # an object of another version is the same sample
+            lines = "".join(_to_lines([Sample(*s[:3]) for s in dealt], plan.usual)).encode()
+        seen.update(lines)
     places.append(stream.tell())
     stream.seek(first)
     stream.write((_PLACE * (total + 1) % tuple(places)).encode())
