@@ -5,6 +5,8 @@ While it is not finished, the bucket holds, besides the shards that are there:
     .webdataset-plan                                                its claim; see claim.py
     .webdataset-packed/<samples>/<shard>-<version>-<stamp>-<run>    empty: that shard is finished
 
+The last of these names ends in "-kept" where the run has found the shard of a dead one still true.
+
 Nothing but the shards is left in the end. Each is whole or not there: an upload is atomic. Before
 and after a run completes one, it looks whether the claim is still its own.
 """
@@ -36,8 +38,17 @@ from sharding.claim import (
     split_run,
     swap,
 )
-from sharding.errors import AlreadyDone, InputError, PackError, argument, warn
-from sharding.plan import Plan, can_resume, dump_plan, load_shards, not_packed
+from sharding.errors import AlreadyDone, InputError, PackError, argument, count, warn
+from sharding.plan import (
+    Plan,
+    differences,
+    does_not_fit,
+    dump_plan,
+    is_array_job,
+    load_shards,
+    not_ended,
+    not_packed,
+)
 from sharding.samples import Sample
 from sharding.shards import (
     SHARD_PATTERN,
@@ -56,7 +67,7 @@ if TYPE_CHECKING:
     from sharding.listing import Listing
 
 PACKED = ".webdataset-packed"
-_RECORD = re.compile(r"([0-9]+)-([0-9]+[.][0-9a-f]+)-([0-9a-f]{32})-([0-9a-f]{16})")
+_RECORD = re.compile(r"([0-9]+)-([0-9]+[.][0-9a-f]+)-([0-9a-f]{32})-([0-9a-f]{16})(-kept)?")
 
 
 class Record(NamedTuple):
@@ -65,7 +76,8 @@ class Record(NamedTuple):
     key: str
     version: str  # of the shard, as `version_of` gives it
     stamp: str  # of its files
-    run: str  # that packed it
+    run: str  # that packed it, or
+    kept: bool  # found it still true
 
 
 # ---------------------------------------------------------------- before a run
@@ -98,7 +110,7 @@ def settle(output: str) -> None:
 
 
 def begin(
-    output: str, plan: Plan, samples: Sequence[Sample], resume: bool
+    output: str, plan: Plan, samples: Sequence[Sample], resume: bool, replace: bool
 ) -> tuple[str, Plan, int]:
     """Claim a prefix for a run; see `places.Output`."""
     run = secrets.token_hex(8)
@@ -114,14 +126,13 @@ def begin(
         if not isinstance(before, Plan):
             raise PackError(f"{output!r}: another run is just being published there")
         if not resume:
-            raise PackError(
-                f"{output!r}: a run of {before.host} that began at {before.begun} has not ended; "
-                "if it is dead, run the same command with --resume"
-            )
-        others = len(_records(f"{output}/.webdataset-{before.run}"))
-        can_resume(before, plan, others, "delete all that is there, then leave it out")
+            raise not_ended(output, before)
+        _check_left(output, before, plan, replace)
         if not swap(folder, stream.getvalue(), etag):
             raise PackError(f"{output!r}: another run has just taken it over")
+        if replace and (records := _all_records(output)):
+            with saying(output):
+                obstore.delete(place(output, PACKED)[0], records)
     else:
         if any(map(SHARD_PATTERN.fullmatch, found)):
             nothing = "nothing to resume: " if resume else ""
@@ -129,10 +140,27 @@ def begin(
                 f"{nothing}{argument('output')} {output!r} holds a dataset, and a store has no "
                 "rename, so none is replaced: choose another, or delete that one first"
             )
-        if resume:
-            warn("nothing to resume; packing all shards")
         claim(folder, stream.getvalue())
     return folder, plan, -1
+
+
+def _check_left(output: str, before: Plan, plan: Plan, replace: bool) -> None:
+    """Refuse to take over a run if shards that it had finished would be lost.
+
+    Raises:
+        InputError: they would.
+        PackError: an array job had finished them, or is to be replaced.
+    """
+    differs = differences(before, plan)
+    finished = len(_records(f"{output}/.webdataset-{before.run}"))
+    if before.driver is None and (replace or (differs and finished)):
+        raise is_array_job(output, before, differs, "delete all that is there")
+    if differs and finished and not replace:
+        raise does_not_fit(output, finished, differs)
+    if replace and finished:
+        warn(f"{count(finished, 'finished shard')} of the interrupted run will be packed afresh")
+    elif differs:
+        warn(f"not resumed but packed afresh: the interrupted run has {', '.join(differs)}")
 
 
 # ---------------------------------------------------------------- packing
@@ -196,7 +224,7 @@ def left_shards(folder: str) -> dict[int, list[Record]]:
 
 def find_kept(folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
     """Return URL and size of a shard that is finished, and was made of what the stamp tells."""
-    output, _ = split_run(folder)
+    output, run = split_run(folder)
     url = f"{output}/{shard_name(shard_id)}"
     store, key = place(output, shard_name(shard_id))
     kept = None
@@ -208,6 +236,9 @@ def find_kept(folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
         for record in left_shards(folder).get(shard_id, []):
             if item and record.stamp == stamp and record.version == version_of(item):
                 kept = url, int(item["size"])
+                if record.run != run:
+                    name = f"{shard_id}-{record.version}-{stamp}-{run}-kept"
+                    obstore.put(store, f"{_records_of(folder)[1]}/{name}", b"")
             else:
                 obstore.delete(store, record.key)
     return kept
@@ -220,7 +251,7 @@ def kept_shards(folder: str) -> list[int]:
     """Return which shards another run had packed."""
     _, run = split_run(folder)
     records = _records(folder).items()
-    return [shard_id for shard_id, found in records if all(r.run != run for r in found)]
+    return [n for n, found in records if all(r.kept or r.run != run for r in found)]
 
 
 def count_published(output: str) -> int:  # noqa: ARG001
@@ -231,12 +262,13 @@ def count_published(output: str) -> int:  # noqa: ARG001
 def publish(folder: str, plan: Plan) -> list[int]:
     """Make the shards of a run the dataset, and return their sizes; see `places.Output`."""
     check_own(folder)
-    output, _ = split_run(folder)
+    output, run = split_run(folder)
     items, records = objects_at(output), _records(folder)
     sizes, missing = [], []
     for shard_id in range(plan.total_shards):
         item = items.get(shard_name(shard_id))
-        versions = [record.version for record in records.get(shard_id, [])]
+        # What a dead run had packed counts once this one has found that it is still true.
+        versions = [record.version for record in records.get(shard_id, []) if record.run == run]
         if item and version_of(item) in versions:
             sizes.append(int(item["size"]))
         else:
@@ -257,9 +289,9 @@ def finish_cut(folder: str) -> bool:
     mark, _ = read_claim(output)
     if not isinstance(mark, Mark):
         return False
-    store, prefix = place(output, PACKED)
+    store, _ = place(output, PACKED)
     with saying(output):
-        left = [item["path"] for item in obstore.list(store, prefix).collect()]
+        left = _all_records(output)
         for name in beyond(objects_at(output), mark.total_shards):  # of a run into more shards
             left.append(place(output, name)[1])
         if left:
@@ -295,6 +327,13 @@ def _digest(folder: str) -> str:
     return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 
 
+def _all_records(output: str) -> list[str]:
+    """Return the keys of all records at a prefix, of whatever samples."""
+    store, prefix = place(output, PACKED)
+    with saying(output):
+        return [item["path"] for item in obstore.list(store, prefix).collect()]
+
+
 def _records(folder: str) -> dict[int, list[Record]]:
     """Return the records of a run's samples: number of the shard -> them."""
     found: dict[int, list[Record]] = {}
@@ -303,6 +342,6 @@ def _records(folder: str) -> dict[int, list[Record]]:
     with saying(output):
         for item in obstore.list(store, prefix).collect():
             if match := _RECORD.fullmatch(item["path"].rpartition("/")[2]):
-                record = Record(item["path"], match[2], match[3], match[4])
+                record = Record(item["path"], match[2], match[3], match[4], bool(match[5]))
                 found.setdefault(int(match[1]), []).append(record)
     return found

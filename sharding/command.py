@@ -82,13 +82,16 @@ def driver_parser(command: str, purpose: str, example: str = "") -> argparse.Arg
     """Return the parser that the drivers share."""
     where = "By default from source_data to webdataset_output beside this script."
     usual = f"  {command} --source raw --output out --num-workers 8 --num-shards 64"
-    examples = f"examples:\n{usual}\n{usual} --resume\n{example}"
+    examples = f"examples:\n{usual}\n{example}"
     parser = Parser(f"{command} [options]", f"{purpose}\n{where}", examples)
     add_source_arguments(parser)
     add = parser.add_argument_group("the output").add_argument
     what = "folder (made if missing) or s3:// URL for the shards"
     add("--output", metavar="DIR", help=what)
-    add("--resume", action="store_true", help="keep the shards that an interrupted run finished")
+    what = "take over a run that no lock tells to be dead: in a bucket, an array job"
+    add("--resume", action="store_true", help=what)
+    what = "pack afresh, whatever an interrupted run had finished"
+    add("--replace", action="store_true", help=what)
     add = parser.add_argument_group("the work").add_argument
     number = number_from(1, MAX_SHARDS)
     workers = f"processes, or tasks at a time (default: {NUM_WORKERS})"
@@ -105,7 +108,7 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.num_shards and args.samples_per_shard:
         both = f"{argument('num_shards')} and {argument('samples_per_shard')}"
         raise InputError(f"{both} settle the same: give one of them")
-    options = {"output": args.output, "resume": args.resume}
+    options = {"output": args.output, "resume": args.resume, "replace": args.replace}
     if args.samples_per_shard:
         return {**options, "samples_per_shard": args.samples_per_shard}
     return {**options, "total_shards": args.num_shards or args.num_workers or NUM_WORKERS}

@@ -73,7 +73,7 @@ def find_shards(path: str) -> Found:
     if not shards:
         cure = "pack some with ./run_parallel.sh"
         if staging_folders(path):
-            cure = "an unfinished run is there: finish it with --resume, or publish it"
+            cure = "an unfinished run is there: finish it with the same command, or publish it"
         raise no_shards(path, (entry.name for entry in entries), cure)
     return Found(shards, faults, True)
 

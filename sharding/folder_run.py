@@ -22,7 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sharding import plan as plans
 from sharding.errors import InputError, PackError, argument, count, naming, warn
@@ -35,7 +35,17 @@ from sharding.folder import (
     refuse_cut_short,
     staging_folders,
 )
-from sharding.plan import PLAN, Plan, can_resume, no_run, not_packed, write_plan
+from sharding.plan import (
+    PLAN,
+    Plan,
+    differences,
+    does_not_fit,
+    is_array_job,
+    no_run,
+    not_ended,
+    not_packed,
+    write_plan,
+)
 from sharding.samples import Sample
 from sharding.shards import (
     MAX_SHARDS,
@@ -54,6 +64,7 @@ if TYPE_CHECKING:
     from sharding.listing import Listing
 
 LOCK = ".webdataset.lock"
+LEFT = "left"  # in a staging folder: shards of dead runs, until each is found to be still true
 GONE = ".webdataset-gone-"  # begins the name of a staging folder that is being removed
 LOCK_WAIT = 0.5  # seconds; the holder of a run that has just ended takes a moment to go
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of flock: some Lustre and FUSE
@@ -99,22 +110,37 @@ def prepare(output: str, shard_ids: Container[int], total_shards: int) -> None:
 
 
 def begin(
-    output: str, plan: Plan, samples: Sequence[Sample], resume: bool
+    output: str, plan: Plan, samples: Sequence[Sample], resume: bool, replace: bool
 ) -> tuple[str, Plan, int]:
-    """Lock the output, finish, resume or clear what other runs left, and stage the new run."""
+    """Lock the output, stage a new run, and take over or clear what dead runs left."""
     os.makedirs(output, exist_ok=True)
     lock = lock_output(output)
-    remove_leftovers(output)
-    finish_publishing(output)
+    try:
+        if not (resume or replace or _is_locked(lock)):
+            _refuse_others(output)
+        remove_leftovers(output)
+        finish_publishing(output)
+        return *_stage(output, plan, samples, resume, replace), lock
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _stage(
+    output: str, plan: Plan, samples: Sequence[Sample], resume: bool, replace: bool
+) -> tuple[str, Plan]:
+    """Make the staging folder of a run, and take over or clear those of others."""
     folder = _new_staging(output)
     os.mkdir(folder)
     try:
         plan = write_plan(folder, plan, samples)
-        _take_over(folder, plan, resume)
+        left = _left_runs(folder, plan)
+        _check_left(left, resume, replace)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return folder, plan, lock
+    _take_over(folder, left, replace)
+    return folder, plan
 
 
 def lock_output(output: str) -> int:
@@ -146,44 +172,88 @@ def lock_output(output: str) -> int:
         os.close(fd)
 
 
-def _take_over(folder: str, plan: Plan, resume: bool) -> None:
-    """Take over what an interrupted run had finished, if `resume` says so; clear the rest.
+def _is_locked(lock: int) -> bool:
+    """Tell whether what `lock_output` returned is locked: whether this file system has locks."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _refuse_others(output: str) -> None:
+    """Raise a PackError if another run is there: without locks, nobody can tell if it is dead."""
+    for other in staging_folders(output):
+        if os.path.exists(os.path.join(other, PLAN)):
+            before = plans.read_plan(other)
+            raise _array_job(other, before) if before.driver is None else not_ended(output, before)
+
+
+class _Left(NamedTuple):
+    """What another run has left. Unless it is an array job, it is dead, since we have its lock."""
+
+    folder: str
+    plan: Plan | None  # None: there is none
+    differs: list[str]  # see `plan.differences`
+    shards: dict[int, list[str]]  # that it had finished
+
+
+def _left_runs(folder: str, plan: Plan) -> list[_Left]:
+    """Return what other runs have left beside the folder of a run."""
+    found = []
+    for other in staging_folders(os.path.dirname(folder)):
+        if other == folder:
+            continue
+        before, shards = None, all_shards(other)
+        try:
+            before = plans.read_plan(other)
+        except PackError:
+            if shards and os.path.exists(os.path.join(other, PLAN)):  # perhaps of a newer version
+                raise
+        found.append(_Left(other, before, differences(before, plan) if before else [], shards))
+    return found
+
+
+def _check_left(left: Sequence[_Left], resume: bool, replace: bool) -> None:
+    """Refuse to begin if what other runs have left would be lost, or may not be dead.
 
     Raises:
-        PackError: an array job is there, which may still be at work.
+        InputError: finished shards would be lost.
+        PackError: an array job is there.
     """
-    others = (other for other in staging_folders(os.path.dirname(folder)) if other != folder)
-    staged = {other: len(staged_shards(other)) for other in others}
-    left = sorted(staged, key=lambda other: -staged[other])
-    if resume and not left:
-        warn("nothing to resume; packing all shards")
-    taken = None
-    for old in left:
-        try:
-            before = plans.read_plan(old)
-        except PackError:
-            if staged[old]:
-                raise
-            continue  # it ended before it packed anything
-        afresh = "leave it out, which removes these"
-        if resume and not taken and can_resume(before, plan, staged[old], afresh):
-            taken = old
-        elif before.driver is None:
-            raise PackError(
-                f"{old!r} holds an array job that {before.host} started at {before.begun}; "
-                "publish it, go on with --resume and the same flags, or remove that folder"
+    for other, before, differs, shards in left:
+        output, finished = os.path.dirname(other), len(shards)
+        if before and before.driver is None and (differs or replace or not resume):
+            raise _array_job(other, before, differs)
+        if before and differs and finished and not replace:
+            raise does_not_fit(output, finished, differs)
+        if not before and finished and not replace:
+            cure = f"{argument('replace')} removes it and packs afresh"
+            raise InputError(
+                f"{other!r}: {count(finished, 'finished shard')} without a plan; {cure}"
             )
-    if taken:
-        remove_leftovers(taken)
-        os.replace(os.path.join(folder, PLAN), os.path.join(taken, PLAN))
-        os.rmdir(folder)
-        os.rename(taken, folder)  # a late writer of the old run finds its folder gone
-    for old in left:
-        if old != taken:
-            if staged[old] and not resume:
-                shards = count(staged[old], "finished shard")
-                warn(f"{shards} of an interrupted run removed; --resume would have kept them")
-            _remove_staging(old)
+
+
+def _take_over(folder: str, left: Sequence[_Left], replace: bool) -> None:
+    """Move shards that fit a run into its folder `LEFT`, and remove all else that is left.
+
+    Whenever this is cut short, a folder with a plan holds each of these shards.
+    """
+    kept = os.path.join(folder, LEFT)
+    for other, _, differs, shards in left:
+        fits = not (differs or replace)
+        if shards and fits:
+            os.makedirs(kept, exist_ok=True)
+            for path in (path for paths in shards.values() for path in paths):
+                with contextlib.suppress(FileNotFoundError):  # a late task of Ray has just moved it
+                    os.rename(path, os.path.join(kept, os.path.basename(path)))
+        _remove_staging(other)  # a late writer of that run finds its folder gone
+        if shards and not fits:
+            warn(f"{count(len(shards), 'finished shard')} of an interrupted run removed")
+
+
+def _array_job(folder: str, before: Plan, differs: Sequence[str] = ()) -> PackError:
+    return is_array_job(folder, before, differs, "remove that folder")
 
 
 # ---------------------------------------------------------------- packing
@@ -233,11 +303,11 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
 
 @functools.lru_cache(maxsize=1)
 def left_shards(folder: str) -> dict[int, list[str]]:
-    """Return what an interrupted run had finished.
+    """Return what dead runs had finished.
 
     Read once in a process, before this run adds shards of its own.
     """
-    return staged_shards(folder)
+    return all_shards(folder)
 
 
 def find_kept(folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
@@ -246,10 +316,21 @@ def find_kept(folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
     for path in left_shards(folder).get(shard_id, []):
         with contextlib.suppress(FileNotFoundError):
             if path.endswith(stamp) and not kept:
-                kept = path, os.stat(path).st_size
-            else:  # an older version, or one of another attempt
+                place = os.path.join(folder, os.path.basename(path))
+                os.rename(path, place)
+                kept = place, os.stat(place).st_size
+            elif not kept or path != kept[0]:  # an older version, or one of another attempt
                 os.unlink(path)
     return kept
+
+
+def all_shards(staging: str) -> dict[int, list[str]]:
+    """Return what `staged_shards` does, with the shards that dead runs had finished behind them."""
+    found = staged_shards(staging)
+    with contextlib.suppress(FileNotFoundError):
+        for shard_id, paths in staged_shards(os.path.join(staging, LEFT)).items():
+            found.setdefault(shard_id, []).extend(paths)
+    return found
 
 
 def staged_shards(staging: str) -> dict[int, list[str]]:

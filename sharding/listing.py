@@ -39,6 +39,7 @@ class Listing(NamedTuple):
     samples: list[Sample]  # in the order in which they are dealt to the shards
     ignored: dict[str, int]  # names that are no part of a sample: extension -> how many
     skipped: dict[str, int]  # what `skip_bad` dropped: reason -> how many
+    shuffle: int | None = None  # the seed, if any
 
 
 def list_samples(
@@ -85,7 +86,8 @@ def list_samples(
         warn(f"{len(scan.samples):,} samples are left beside {names}; are the fields right?")
     order = attrgetter("key") if shuffle is None else functools.partial(_shuffle_rank, shuffle)
     scan.samples.sort(key=order)
-    return Listing(started, scan.source, scan.fields, scan.samples, dict(scan.ignored), skipped)
+    ignored = dict(scan.ignored)
+    return Listing(started, scan.source, scan.fields, scan.samples, ignored, skipped, shuffle)
 
 
 class Scan:

@@ -1,7 +1,7 @@
 """A bucket as a source: list its objects, read exactly the versions that were listed.
 
 See `places.Source`. The listing tells the version of each object. A sample keeps these, a plan
-carries them to the workers, and a listing is all that --resume has to compare.
+carries them to the workers, and a listing tells whether what a dead run had packed is still true.
 """
 
 from __future__ import annotations

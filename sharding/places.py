@@ -67,9 +67,12 @@ class Output(Protocol):
         """End what `prepare` began."""
 
     def begin(
-        self, output: str, plan: Plan, samples: Sequence[Sample], resume: bool
+        self, output: str, plan: Plan, samples: Sequence[Sample], resume: bool, replace: bool
     ) -> tuple[str, Plan, int]:
-        """Begin a run: the only one there; what others left is finished, resumed or cleared.
+        """Begin a run: the only one there; what others left is finished, taken over or cleared.
+
+        Args:
+            resume, replace: see `run.start`.
 
         Returns:
             How the run is named from now on; its plan with the digest of its samples; a
@@ -77,6 +80,7 @@ class Output(Protocol):
 
         Raises:
             PackError: another run is at work there.
+            InputError: shards that another run had finished would be lost.
         """
 
     def read_plan(self, folder: str) -> Plan:

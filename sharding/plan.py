@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from sharding.errors import InputError, PackError, argument, count, naming, warn
+from sharding.errors import InputError, PackError, argument, count, naming
 from sharding.samples import Sample, deal
 from sharding.urls import is_url
 
@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     run: str = ""  # in a bucket, the id of the run
     source_bytes: int = 0  # that must be fetched: of a bucket, of all samples
     digest: str = _NO_DIGEST  # of the samples, as they are dealt, whatever their files hold
+    shuffle: int | None = None  # the seed
 
     @property
     def begun(self) -> str:
@@ -143,40 +144,71 @@ def no_run(folder: str) -> PackError:
 def not_packed(plan: Plan, missing: Sequence[int]) -> PackError:
     """Return the error that says which shards a run still lacks."""
     first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    cure = "run again with --resume to pack just these"
+    resume = " with --resume" if plan.run else ""
+    cure = f"run the same command again{resume} to pack just these"
     if plan.driver is None:
         cure = "pack them with create_webdataset.py --run DIR --shard-id I, then publish"
     shards = count(len(missing), "shard")
     return PackError(f"not packed: {shards} ({first}); nothing was published; {cure}")
 
 
-def can_resume(before: Plan, plan: Plan, finished: int, otherwise: str) -> bool:
-    """Tell whether an earlier plan has the same shards; if not, say what differs.
+def differences(before: Plan, plan: Plan) -> list[str]:
+    """Return what an earlier plan has, in words, if its shards are not those of a plan.
+
+    A file that has changed makes no difference: the stamp of its shard tells that.
+    """
+
+    def shards(plan: Plan) -> tuple[str, str, int, str]:
+        return plan.source, plan.fields, plan.total_shards, plan.digest
+
+    def shown(plan: Plan) -> dict[str, str]:
+        return {
+            "another source": repr(plan.source),
+            "other fields": repr(plan.fields),
+            "another number of shards": f"{plan.total_shards:,}",
+            "another shuffle seed": "none" if plan.shuffle is None else str(plan.shuffle),
+            "other samples": f"{plan.total_samples:,}",
+        }
+
+    if shards(before) == shards(plan):
+        return []
+    was, now = shown(before), shown(plan)
+    found = [f"{what} ({was[what]}, not {now[what]})" for what in was if was[what] != now[what]]
+    return found or ["other samples (as many, under other names)"]
+
+
+def does_not_fit(output: str, finished: int, differs: Sequence[str]) -> InputError:
+    """Return the error that an interrupted run would lose its shards, perhaps to a mistyped flag.
 
     Args:
-        before, plan: the plans.
-        finished: how many shards of the earlier one are finished.
-        otherwise: what to do to pack other shards.
-
-    Raises:
-        InputError: these shards would be lost, perhaps to a mistyped flag.
+        finished: how many they are.
+        differs: see `differences`.
     """
-    pairs = (
-        ("another source", before.source, plan.source),
-        ("other fields", before.fields, plan.fields),
-        ("another number of shards", before.total_shards, plan.total_shards),
+    return InputError(
+        f"{output!r}: the interrupted run, with {count(finished, 'finished shard')}, has "
+        f"{', '.join(differs)}; give what it was given, or {argument('replace')} to pack afresh"
     )
-    differs = ", ".join(f"{what} ({was!r}, not {now!r})" for what, was, now in pairs if was != now)
-    if differs and finished:
-        raise InputError(
-            f"{argument('resume')}: the interrupted run, with {count(finished, 'finished shard')}, "
-            f"has {differs}; give what it was given, or {otherwise}"
-        )
-    if not differs and before.digest != plan.digest:
-        differs = "other samples, or flags that choose or order them"
-    if differs:
-        warn(f"not resumed but packed afresh: the interrupted run has {differs}")
-    return not differs
+
+
+def not_ended(output: str, before: Plan) -> PackError:
+    """Return the error that a run is there of which nobody can tell whether it is dead."""
+    return PackError(
+        f"{output!r}: a run of {before.host} that began at {before.begun} has not ended; "
+        "if it is dead, run the same command with --resume"
+    )
+
+
+def is_array_job(where: str, before: Plan, differs: Sequence[str], give_up: str) -> PackError:
+    """Return the error that an array job is there, which may still be at work.
+
+    Args:
+        give_up: what to do to give it up.
+    """
+    other = f", with {', '.join(differs)}" if differs else ""
+    return PackError(
+        f"{where!r} holds an array job that {before.host} started at {before.begun}{other}; "
+        f"publish it, go on with --resume and the same flags, or {give_up}"
+    )
 
 
 @contextlib.contextmanager

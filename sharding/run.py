@@ -49,25 +49,29 @@ def start(
     total_shards: int | None = None,
     samples_per_shard: int | None = None,
     resume: bool = False,
+    replace: bool = False,
     driver: int | None = None,
 ) -> tuple[Run, int]:
     """Check everything that a run needs, lock its output, and write its plan.
 
-    What other runs left in the output is finished, resumed or cleared.
+    What a dead run had finished of the same shards is kept.
 
     Args:
         listing: what is packed.
         output: the folder for the shards, made if missing.
         total_shards: number of shards, or
         samples_per_shard: the most samples that a shard gets.
-        resume: keep the shards that an interrupted run of the same samples had finished.
+        resume: take over a run that no lock tells to be dead: in a bucket, an array job, on a file
+            system without locks.
+        replace: pack afresh, whatever an interrupted run had finished; an array job is left alone.
         driver: id of the process without which no worker goes on; None for an array job.
 
     Returns:
         The run, and the descriptor that holds the lock.
 
     Raises:
-        InputError: bad input; nothing was written.
+        InputError: bad input, or shards that an interrupted run had finished would be lost;
+            nothing was written.
         PackError: another run is packing into this output.
     """
     where = output_at(output)
@@ -85,9 +89,10 @@ def start(
         started=listing.started,
         host=os.uname().nodename,
         driver=driver,
+        shuffle=listing.shuffle,
         source_bytes=source_at(listing.source).listed_bytes(samples),
     )
-    folder, plan, lock = where.begin(canonical(output), plan, samples, resume)
+    folder, plan, lock = where.begin(canonical(output), plan, samples, resume, replace)
     return Run(folder, plan), lock
 
 
@@ -102,7 +107,7 @@ def load(folder: str) -> Run:
 
 
 def pack(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
-    """Pack one shard of a run, unless it was finished before `resume`.
+    """Pack one shard of a run, unless a dead run had finished it.
 
     Raises:
         PackError, OSError: packing failed.

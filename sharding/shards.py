@@ -28,7 +28,7 @@ class Shard(NamedTuple):
     samples: int
     bytes: int  # size of the tar file
     path: str
-    how: str = "created"  # or, with --resume, "kept", or "created again" where files changed
+    how: str = "created"  # or, of a dead run, "kept", or "created again" where files changed
 
     def report(self) -> str:
         """Return the line that says what became of the shard."""

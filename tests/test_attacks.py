@@ -32,26 +32,6 @@ def test_tars_of_a_linked_source_are_safe(tmp_path: Path) -> None:
     assert (tmp_path / "real" / "shard-000000.tar").read_bytes() == b"mine"
 
 
-def test_resume_is_for_the_same_source(tmp_path: Path) -> None:
-    """Two sources with the same names, sizes and times, but other bytes."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    for place in (one, two):
-        write_pairs(place, 8, seed=1)
-    for path in two.glob("*.jpg"):
-        path.write_bytes(bytes(path.stat().st_size))
-    for path in [*one.iterdir(), *two.iterdir()]:
-        os.utime(path, (1, 1))
-    victim = one / "sample-7.jpg"
-    victim.unlink()
-    victim.symlink_to("/proc/self/mem")
-    flags = ["--output", tmp_path / "o", "--num-shards=4"]
-    assert run_script("run_parallel.sh", "--source", one, *flags).returncode == 1
-    done = run_script("run_parallel.sh", "--source", two, *flags, "--resume")
-    assert done.returncode == 2 and "another source" in done.stderr, done
-    assert run_script("run_parallel.sh", "--source", two, *flags).returncode == 0
-    assert reader.main(["--path", str(tmp_path / "o"), "--source", str(two), "--quiet"]) == 0
-
-
 @pytest.mark.parametrize("flag", ["--source=", "--output=", "--num-shards=", "--num-workers="])
 @pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
 def test_empty_flags(flag: str, script: str, tmp_path: Path) -> None:

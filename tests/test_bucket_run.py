@@ -95,9 +95,11 @@ def test_one_shard_is_packed_again(source: Path, expected: dict[str, str], bucke
     assert create([*flags, "--shard-id", "3"]) == 1
 
 
-def start(source: Path | str, output: str, resume: bool = False, total: int = 5) -> runs.Run:
-    listing = list_samples(source)
-    return runs.start(listing, output=output, total_shards=total, resume=resume)[0]
+def start(
+    source: Path | str, output: str, resume: bool = False, total: int = 5, **more
+) -> runs.Run:
+    options = {"output": output, "total_shards": total, "resume": resume, "driver": os.getpid()}
+    return runs.start(list_samples(source), **{**options, **more})[0]
 
 
 def test_another_run(source: Path, bucket: Bucket, capsys) -> None:
@@ -146,7 +148,7 @@ def test_resume_keeps_what_is_finished(
     run = start(source, bucket.url)
     for shard_id in (1, 3):
         runs.pack(run, shard_id)
-    with pytest.raises(PackError, match=r"not packed: 3 shards \(0, 2, 4\)"):
+    with pytest.raises(PackError, match=r"not packed: 3 shards \(0, 2, 4\).*with --resume to"):
         runs.finish(run)
     bucket.put("shard-000003.tar", b"was replaced")
     with pytest.raises(PackError, match=r"not packed: 4 shards \(0, 2, 3, 4\)"):
@@ -213,6 +215,61 @@ def test_resume_with_other_shards(source: Path, bucket: Bucket, tmp_path: Path, 
         create_webdataset(source, tmp_path, shard_id, 2)
     runs.finish(second)
     assert bucket.hashes() == hashes(tmp_path)
+
+
+def test_replace_in_a_bucket(source: Path, expected: dict[str, str], bucket: Bucket) -> None:
+    """It declares nothing dead; with --resume, all is packed afresh, whatever is there."""
+    runs.pack(start(source, bucket.url, total=9), 0)
+    flags = ["--source", source, "--output", bucket.url, "--num-shards", "5"]
+    before = bucket.hashes()
+    for more, code, said in (
+        (["--replace"], 1, "if it is dead, run the same command with --resume"),
+        (["--resume"], 2, "with 1 finished shard, has another number of shards (9, not 5); give"),
+    ):
+        done = run_script("run_parallel.sh", *flags, *more)
+        assert (done.returncode, done.stdout) == (code, "") and said in done.stderr, done
+        assert bucket.hashes() == before
+    assert "or --replace to pack afresh" in done.stderr
+    runs.pack(start(source, bucket.url, resume=True, replace=True), 1)
+    done = run_script("run_parallel.sh", *flags, "--resume", "--replace")
+    assert done.returncode == 0 and done.stdout.count("created with") == 5, done
+    assert done.stderr == "warning: 1 finished shard of the interrupted run will be packed afresh\n"
+    assert bucket.hashes() == expected
+    done = run_script("run_parallel.sh", *flags, "--resume", "--replace")
+    assert done.returncode == 2 and "holds a dataset" in done.stderr
+    assert bucket.hashes() == expected
+
+
+def test_an_array_job_is_not_replaced(source: Path, bucket: Bucket) -> None:
+    run = start(source, bucket.url, driver=None)
+    runs.pack(run, 0)
+    before = bucket.hashes()
+    for more in ({"replace": True}, {"total": 2}):
+        with pytest.raises(PackError, match=r"holds an array job that .*; publish it, go on with"):
+            start(source, bucket.url, resume=True, **more)
+    assert bucket.hashes() == before
+    assert runs.pack(start(source, bucket.url, resume=True), 0).how == "kept"
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_is_not_looked_at_is_not_published(
+    remote: bool, bucket: Bucket, tmp_path: Path
+) -> None:
+    """A shard of a dead run counts once this one has found that its files are as they were."""
+    raw, output = write_pairs(tmp_path / "raw", 6), f"{bucket.url}/o"
+    place = bucket.upload(raw, "raw/") if remote else raw
+    packed(place, output, total=3)
+    (raw / "sample-1.txt").write_bytes(b"changed meanwhile")
+    bucket.upload(raw, "raw/")
+    run = start(place, output, resume=True, total=3)
+    assert [runs.pack(run, shard_id).how for shard_id in (0, 2)] == ["kept"] * 2
+    with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
+        runs.finish(run)
+    assert runs.pack(run, 1).how == "created again"
+    again = start(place, output, resume=True, total=3)
+    assert [runs.pack(again, shard_id).how for shard_id in range(3)] == ["kept"] * 3
+    assert "; 0 bytes up" in runs.finish(again)
+    assert len(bucket.hashes("o")) == 3
 
 
 def test_a_run_that_was_taken_over_completes_nothing(source: Path, bucket: Bucket) -> None:

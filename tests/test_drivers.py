@@ -23,8 +23,7 @@ import create_with_ray
 from sharding.errors import PackError
 from sharding.folder import staging_folders
 from sharding.folder_run import lock_output, staged_shards
-from sharding.listing import list_samples
-from sharding.run import STOPPING, finish, load, pack, start
+from sharding.run import STOPPING, finish, load
 from sharding.shards import shard_name
 
 SUMMARY = r"1,003 samples in 5 shards, [\d,]+ bytes \(mean [\d,]+, largest [\d,]+\) in [\d.]+ s"
@@ -230,7 +229,7 @@ def test_progress_on_a_terminal(source_1003: Path, tmp_path: Path) -> None:
 def test_help(script: str) -> None:
     done = run_script(script, "--help")
     assert done.returncode == 0
-    for flag in ("source", "output", "num-workers", "num-shards", "resume", "fields", "shuffle"):
+    for flag in ("source", "output", "num-workers", "num-shards", "resume", "replace", "fields"):
         assert f"--{flag}" in done.stdout
 
 
@@ -375,17 +374,6 @@ def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
     done = run_script("run_parallel.sh", "--source", source, "--output", output)
     assert done.returncode == 1 and "plan' cannot be read; to give up that run" in done.stderr
     assert len(staged_shards(str(run))) == 3
-
-
-def test_finished_shards_do_not_go_in_silence(tmp_path: Path) -> None:
-    """A run that was killed left two; the next one was started without --resume."""
-    source, output = write_pairs(tmp_path / "source", 9), tmp_path / "o"
-    run = start(list_samples(source), output=output, total_shards=3, driver=os.getpid())[0]
-    for shard_id in range(2):
-        pack(run, shard_id)
-    os.unlink(output / ".webdataset.lock")  # which this process still holds
-    done = run_script("run_parallel.sh", "--source", source, "--output", output)
-    assert done.returncode == 0 and "2 finished shards of an interrupted run" in done.stderr, done
 
 
 def test_an_output_that_is_not_utf_8(tmp_path: Path) -> None:
