@@ -35,7 +35,7 @@ REQUEST_TIME, RETRY_TIME, PROBE_TIME = 60, 120, 20
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SKIP_SIGNATURE")
 _SET_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _CURES = {
-    "PreconditionFailed": REPLACED,
+    "InvalidRange": REPLACED,
     "NoSuchKey": "there is no such object",
     "NoSuchBucket": "there is no such bucket; check its name, and AWS_ENDPOINT_URL",
     "InvalidBucketName": "no bucket can have that name",
@@ -169,7 +169,7 @@ def saying(
     except (InputError, PackError):
         raise
     except (BaseError, FileNotFoundError, PermissionError, also) as error:
-        reason, silent = _reason(str(error))
+        reason, silent = _reason(error)
         raise (StopRun if silent and kind is PackError else kind)(f"{url!r}: {reason}") from None
 
 
@@ -186,35 +186,80 @@ def insist(url: str, call: Callable[[], T]) -> T:
             time.sleep(1)
 
 
-def _reason(text: str) -> tuple[str, bool]:
-    """Return what an error text of obstore's means, and whether the store gave no answer."""
+def _reason(error: BaseException) -> tuple[str, bool]:
+    """Return what an error of obstore's means, and whether the store gave no answer."""
+    text = str(error)
     code = re.search("<Code>(\\w+)</Code>", text)
-    status = re.search(r"status code: (\d+)[\w ]*", text)
+    found = re.search(r"status code: (\d+)", text)
+    status = found[1] if found else ""
     if "169.254.169.254" in text or "CredentialsError" in text:
         return f"no credentials; {_SET_KEYS}", False
-    silent = bool(status and status[1][0] == "5")
     if code:
-        return _CURES.get(code[1], f"the store says {code[1]}"), silent
-    if status and status[1] == "404":
+        return _CURES.get(code[1], f"the store says {code[1]}"), status[:1] == "5"
+    if isinstance(error, FileNotFoundError) or status == "404":  # a writer's error has no class
         return _CURES["NoSuchKey"], False
-    if status and status[1] in ("301", "400"):
-        return f"the store says {status[1]}; is the bucket in another region (AWS_REGION)?", False
-    if status:
-        cure = f"; {_SET_KEYS}" if status[1] == "403" else ""
-        return f"the store says {status[1]}{cure}", silent
+    if status == "416":
+        return REPLACED, False
+    if status or "HTTP error" in text or "error sending request" in text:
+        return _blame(text, status), status[:1] in ("", "5")
     if "invalid path" in text or "arsing path" in text or "empty path segment" in text:
         key = re.search('ath "([^"]*)"', text)
         which = f"the key {key[1]!r}" if key else "a key"
         return f"{which} has an empty part, '.', '..' or a control character; rename it", False
-    if "HTTP error" in text or "error sending request" in text:
-        where = urlsplit(_endpoint()).netloc.rpartition("@")[2] or "Amazon's store"
-        return f"{where} does not answer; check AWS_ENDPOINT_URL and the network", True
-    return re.split(r"[\n:]", text)[0], False
+    if "non-partial response" in text:
+        return "the store ignores ranges of an object", False
+    return re.split(r"[\n:]", text.removeprefix("Generic S3 error: "))[0], False
+
+
+def _blame(text: str, status: str) -> str:
+    """Return who gave no answer that is a store's, and what to do: the store, or a proxy."""
+    store, proxy = _host(_endpoint()) or "Amazon's store", _proxy(text)
+    which = f"the store, or {proxy}," if proxy else "the store"
+    if status == "407" or "ProxyAuth" in text:
+        return f"{proxy or 'a proxy'} asks for a user name and a password"
+    if status in ("301", "400"):
+        return f"{which} says {status}; is the bucket in another region (AWS_REGION)?"
+    if status:
+        return f"{which} says {status}" + (f"; {_SET_KEYS}" if status == "403" else "")
+    if not proxy:
+        return f"{store} does not answer; check AWS_ENDPOINT_URL and the network"
+    fails = f"does not connect to {store}" if "TunnelUnsuccessful" in text else "does not answer"
+    return f"{proxy} {fails}; check it, or add the store's host to NO_PROXY"
+
+
+def _proxy(text: str) -> str:
+    """Return the proxy that requests go by, if any: "the proxy HOST:PORT (HTTPS_PROXY)".
+
+    Args:
+        text: of an error; it may tell which address was tried.
+    """
+    from urllib.request import proxy_bypass  # here: it is slow to import
+
+    endpoint = urlsplit(_endpoint() or "https://s3.amazonaws.com")
+    names = [f"{endpoint.scheme}_proxy".upper(), f"{endpoint.scheme}_proxy", "ALL_PROXY"]
+    name = next(filter(os.environ.get, [*names, "all_proxy"]), "")
+    if not name or proxy_bypass(endpoint.hostname or ""):
+        return ""
+    host = _host(os.environ[name])
+    tried = re.search(r'"tcp connect error",\s+[^\s,]+:(\d+),', text)
+    if tried and not f"{host}:80".endswith((f":{tried[1]}", f":{tried[1]}:80")):
+        return ""  # a network in NO_PROXY, which Python does not read
+    return f"the proxy {host} ({name})"
+
+
+def _host(url: str) -> str:
+    """Return host and port in a URL, without what may be secret."""
+    return urlsplit(url if "://" in url else f"//{url}").netloc.rpartition("@")[2]
+
+
+def quoted(etag: str | None) -> str:
+    """Return an etag in quotes, which some stores leave out in some answers."""
+    return f'"{etag}"' if etag and '"' not in etag else etag or ""
 
 
 def version_of(item: Any) -> str:
     """Return what tells a version of an object from others: its size, and a hash of its etag."""
-    tag = hashlib.blake2b((item["e_tag"] or "").encode(), digest_size=4).hexdigest()
+    tag = hashlib.blake2b(quoted(item["e_tag"]).encode(), digest_size=4).hexdigest()
     return f"{item['size']}.{tag}"
 
 

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import obstore
 import pytest
 from conftest import KEYS, ROOT, Bucket, run_script, slow_proxy, write_pairs
+from proxy import Answer, start_proxy
 
 import read_webdataset as reader
 from create_webdataset import create_webdataset
@@ -210,6 +212,32 @@ def test_what_a_user_gets_wrong(what: str, bucket: Bucket, tmp_path: Path) -> No
     assert done.returncode == 2 and cure in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and "secret-of-tests" not in done.stderr
     assert "hidden" not in done.stderr and "Signature" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "scheme", "said"),
+    [
+        (403, "https", "HTTPS_PROXY) does not connect to 127.0.0.1:9; check it, or add the store"),
+        (407, "https", "(HTTPS_PROXY) asks for a user name and a password"),
+        (403, "http", "(HTTP_PROXY), says 403"),
+        (407, "http", "(HTTP_PROXY) asks for a user name and a password"),
+        (502, "http", "(HTTP_PROXY), says 502"),
+    ],
+)
+def test_a_proxy_that_refuses(
+    status: int, scheme: str, said: str, server: dict[str, str], tmp_path: Path
+) -> None:
+    """Is named as the proxy: the store knows nothing of it."""
+    url = start_proxy(server["AWS_ENDPOINT_URL"], "", lambda _: Answer(status))
+    environment = {
+        **server,
+        f"{scheme}_proxy".upper(): url,
+        "AWS_ENDPOINT_URL": f"{scheme}://127.0.0.1:9",
+        "HOME": str(tmp_path),
+    }
+    done = run_script("read_webdataset.py", "--path", "s3://b/x", env=environment, timeout=30)
+    assert done.returncode == 2 and f"the proxy {urlsplit(url).netloc} " in done.stderr, done
+    assert said in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("driver", ["run_parallel.sh", "create_with_ray.py"])
