@@ -26,6 +26,7 @@ import obstore
 
 from sharding.bucket import PLAN, UNFINISHED, objects_at
 from sharding.claim import (
+    PROBE,
     RUN,
     Mark,
     check_own,
@@ -34,6 +35,7 @@ from sharding.claim import (
     open_plan,
     own_plan,
     place,
+    probe,
     read_claim,
     split_run,
     swap,
@@ -128,6 +130,7 @@ def begin(
         if not resume:
             raise not_ended(output, before)
         _check_left(output, before, plan, replace)
+        probe(folder)
         if not swap(folder, stream.getvalue(), etag):
             raise PackError(f"{output!r}: another run has just taken it over")
         if replace and (records := _all_records(output)):
@@ -140,6 +143,7 @@ def begin(
                 f"{nothing}{argument('output')} {output!r} holds a dataset, and a store has no "
                 "rename, so none is replaced: choose another, or delete that one first"
             )
+        probe(folder)
         claim(folder, stream.getvalue())
     return folder, plan, -1
 
@@ -190,7 +194,6 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
     of_run = RUN.fullmatch(folder)
     output, run = (of_run[1], of_run[2]) if of_run else (folder, secrets.token_hex(8))
     url = f"{output}/{shard_name(shard_id)}"
-    store, key = place(output, shard_name(shard_id))
     upload = Upload(url, {"run": run})
     new = NewShard(upload)  # type: ignore[arg-type]
     try:
@@ -203,17 +206,14 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
         with contextlib.suppress(Exception):  # the first error is the one to report
             upload.writer.__exit__(type(error), error, None)
         raise
-    with saying(url, also=OSError):
-        upload.writer.close()
-        found = obstore.get(store, key, options={"head": True})  # the writer gives no etag
-    if found.attributes.get("run") != run or found.meta["size"] != upload.size:
-        raise PackError(f"{url!r}: another run has replaced it; run again with --resume")
+    item = upload.complete()
     new.path, new.size = url, upload.size
     if of_run:
         check_own(folder)
-        name = f"{shard_id}-{version_of(found.meta)}-{new.stamp}-{run}"
+        name = f"{shard_id}-{version_of(item)}-{new.stamp}-{run}"
         with saying(url):
-            obstore.put(store, f"{_records_of(folder)[1]}/{name}", b"")
+            store, prefix = _records_of(folder)
+            obstore.put(store, f"{prefix}/{name}", b"")
 
 
 @functools.lru_cache(maxsize=1)
@@ -264,20 +264,42 @@ def publish(folder: str, plan: Plan) -> list[int]:
     check_own(folder)
     output, run = split_run(folder)
     items, records = objects_at(output), _records(folder)
-    sizes, missing = [], []
+    packed, missing = {}, []
     for shard_id in range(plan.total_shards):
         item = items.get(shard_name(shard_id))
         # What a dead run had packed counts once this one has found that it is still true.
         versions = [record.version for record in records.get(shard_id, []) if record.run == run]
         if item and version_of(item) in versions:
-            sizes.append(int(item["size"]))
+            packed[shard_name(shard_id)] = item
         else:
             missing.append(shard_id)
     if missing:
         raise not_packed(plan, missing)
-    mark_published(folder, len(sizes))
+    mark_published(folder, len(packed))
     finish_cut(folder)
-    return sizes
+    _check_published(output, packed)
+    return [int(item["size"]) for item in packed.values()]
+
+
+def _check_published(output: str, packed: dict[str, Any]) -> None:
+    """Look whether a prefix holds what was published; a store's word alone is not enough.
+
+    Raises:
+        PackError: it says what is there.
+    """
+    now = objects_at(output)
+    if PLAN in now:
+        raise PackError(
+            f"{output!r}: all shards are there, but so is the plan of the run, {PLAN!r}, which "
+            "the store had said was replaced; nobody reads them: run again with --resume"
+        )
+    wrong = [
+        n for n, was in packed.items() if n not in now or version_of(now[n]) != version_of(was)
+    ]
+    if wrong:
+        what = "was replaced meanwhile" if wrong[0] in now else "is not there any more"
+        more = f" (and {count(len(wrong) - 1, 'other shard')})" if wrong[1:] else ""
+        raise PackError(f"{output!r}: {wrong[0]!r}{more} {what}; delete all shards and pack again")
 
 
 def finish_cut(folder: str) -> bool:
@@ -291,12 +313,21 @@ def finish_cut(folder: str) -> bool:
         return False
     store, _ = place(output, PACKED)
     with saying(output):
-        left = _all_records(output)
-        for name in beyond(objects_at(output), mark.total_shards):  # of a run into more shards
-            left.append(place(output, name)[1])
+        found = objects_at(output)
+        # Of a run into more shards, and of runs that were killed while they tried the store.
+        names = [*beyond(found, mark.total_shards), *(n for n in found if n.startswith(PROBE))]
+        left = [*_all_records(output), *(place(output, name)[1] for name in names)]
         if left:
             obstore.delete(store, left)
-        obstore.delete(store, place(output, PLAN)[1])
+        still = sorted(set(names).intersection(objects_at(output))) if names else []
+        if not still:
+            obstore.delete(store, place(output, PLAN)[1])
+            still = [PLAN] if read_claim(output)[0] else []
+    if still:
+        raise PackError(
+            f"{output!r}: all shards are there, but so is {still[0]!r}, which the store had said "
+            "was deleted; nobody reads them: delete it, and run again with --resume"
+        )
     return True
 
 

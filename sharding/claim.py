@@ -4,7 +4,7 @@ A store has no rename and no lock that dies with its holder. So while a run is n
 plan stands beside the shards, and nobody reads the dataset. It is created only if there is none. A
 run that takes another one over replaces it, if it is still the plan that was read, and so fences
 the older run, which looks whether the plan is still its own. When all shards are there, a mark
-takes its place.
+takes its place. Whether a store can do all that is tried before any work.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import re
 from typing import Any, NamedTuple
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from sharding.bucket import PLAN, objects_at
 from sharding.errors import InputError, PackError
 from sharding.plan import Plan, load_plan, no_run
 from sharding.shards import SHARD_PATTERN
-from sharding.store import connect, saying, split
+from sharding.store import connect, quoted, saying, split
 from sharding.streams import Ranges
+
+PROBE = ".webdataset-probe-"  # and the id of a run: what it tries a store on
 
 RUN = re.compile(r"(.*)/\.webdataset-([0-9a-f]{16})")  # how a run is named: its prefix, its id
 _MARK = re.compile(rb"published by ([0-9a-f]{16}): ([0-9]+)\n")
@@ -47,8 +49,8 @@ def read_claim(output: str) -> tuple[Plan | Mark | None, str | None]:
     with open_plan(output, item) as stream:
         line = stream.readline()
     if mark := _MARK.fullmatch(line):
-        return Mark(mark[1].decode(), int(mark[2])), item["e_tag"]
-    return load_plan(io.BytesIO(line), f"{output}/{PLAN}"), item["e_tag"]
+        return Mark(mark[1].decode(), int(mark[2])), quoted(item["e_tag"])
+    return load_plan(io.BytesIO(line), f"{output}/{PLAN}"), quoted(item["e_tag"])
 
 
 def open_plan(output: str, item: Any) -> io.BufferedReader:
@@ -56,26 +58,40 @@ def open_plan(output: str, item: Any) -> io.BufferedReader:
     return io.BufferedReader(Ranges(f"{output}/{PLAN}", item["size"], item["e_tag"]), 64 << 10)
 
 
+def probe(folder: str) -> None:
+    """Try what a run needs of a store, on an object of the run's own; before any work.
+
+    Raises:
+        InputError: the store does not do all of it. Nothing is left there.
+    """
+    output, run = split_run(folder)
+    bucket, key = split(f"{output}/{PROBE}{run}")
+    store = connect(bucket, patient=False)
+    with saying(output, InputError):
+        try:
+            lack = _find_lack(store, key, run)
+        finally:
+            with contextlib.suppress(BaseError, FileNotFoundError, PermissionError):
+                obstore.delete(store, [key])
+        if not lack and _look(store, key):
+            lack = "deletes nothing (do the credentials allow s3:DeleteObject?)"
+    if lack:
+        raise InputError(
+            f"{output!r}: this store {lack}, so no run is safe there; "
+            "pack into a folder, and copy that"
+        )
+
+
 def claim(folder: str, data: bytes) -> None:
-    """Create the plan of a run if there is none; refuse a store that would overwrite one."""
+    """Create the plan of a run if there is none."""
     output, run = split_run(folder)
     store, key = place(output, PLAN)
     with saying(output):
-        try:
-            obstore.put(store, key, data, mode="create", use_multipart=False)
-        except AlreadyExistsError:  # of another run; or ours, if the answer to it was lost
-            if _owner(output) != run:
-                raise PackError(f"{output!r}: another run has just begun there") from None
-        with contextlib.suppress(AlreadyExistsError):
-            obstore.put(store, key, b"", mode="create", use_multipart=False)
+        if not _put_if(store, key, run, data):
+            raise PackError(f"{output!r}: another run has just begun there")
+        if any(map(SHARD_PATTERN.fullmatch, objects_at(output))):  # published meanwhile
             obstore.delete(store, key)
-            raise InputError(
-                f"{output!r}: this store ignores conditional writes (If-None-Match), so two runs "
-                "would not see each other; pack into a folder, and copy that"
-            )
-    if any(map(SHARD_PATTERN.fullmatch, objects_at(output))):  # published meanwhile
-        obstore.delete(store, key)
-        raise PackError(f"{output!r}: another run has just published there")
+            raise PackError(f"{output!r}: another run has just published there")
 
 
 def swap(folder: str, data: bytes, etag: str | None) -> bool:
@@ -83,14 +99,7 @@ def swap(folder: str, data: bytes, etag: str | None) -> bool:
     output, run = split_run(folder)
     store, key = place(output, PLAN)
     with saying(output):
-        try:
-            mode: Any = {"e_tag": etag}
-            obstore.put(store, key, data, mode=mode, use_multipart=False)
-        except PreconditionError:  # or the answer to a first attempt was lost
-            return _owner(output) == run
-        except FileNotFoundError:
-            return False
-    return True
+        return bool(etag and _put_if(store, key, run, data, *_spellings(etag)))
 
 
 @functools.lru_cache(maxsize=4)
@@ -117,17 +126,87 @@ def check_own(folder: str) -> Any:
             item = obstore.head(store, key)
         except FileNotFoundError:
             raise _gone(folder) from None
-    if not own or item["e_tag"] != own:
+    if not own or quoted(item["e_tag"]) != own:
         raise _gone(folder)
     return item
 
 
 def mark_published(folder: str, total_shards: int) -> None:
     """Put a mark in the place of a run's plan; from then on nobody can take the run over."""
-    _, run = split_run(folder)
+    output, run = split_run(folder)
     mark = b"published by %s: %d\n" % (run.encode(), total_shards)
     if not swap(folder, mark, own_plan(folder)[1]):
-        raise _gone(folder)
+        check_own(folder)
+        why = f"the store refuses to replace {PLAN!r} (If-Match), though no other run has"
+        raise PackError(f"{output!r}: {why}; nothing is published")
+
+
+# ---------------------------------------------------------------- conditional writes
+
+
+def _put_if(store: Any, key: str, run: str, data: bytes, *etags: str) -> str | None:
+    """Put an object in place of the one with an etag, or of none; return its own etag.
+
+    None means that something else stands there. A refusal does not say so: it may answer a second
+    attempt, after the answer to the first was lost; and some stores know an etag only without its
+    quotes. A look at what stands there does.
+
+    Args:
+        etags: spellings of the etag; the next is tried if one is refused while the etag holds.
+    """
+    absent = (FileNotFoundError,) if etags else ()
+    modes: list[Any] = [{"e_tag": etag} for etag in etags] or ["create"]
+    for mode in modes:
+        try:
+            options: Any = {"mode": mode, "attributes": {"run": run}, "use_multipart": False}
+            return quoted(obstore.put(store, key, data, **options)["e_tag"])
+        except (AlreadyExistsError, PreconditionError, *absent):
+            found = _look(store, key)
+        if not found:
+            break
+        now = quoted(found.meta["e_tag"])
+        if found.meta["size"] == len(data) and bytes(found.bytes()) == data:
+            return now
+        if not etags or now != quoted(etags[0]):
+            break
+    return None
+
+
+def _spellings(etag: str) -> tuple[str, str]:
+    return etag, etag.strip('"')
+
+
+def _look(store: Any, key: str) -> Any:
+    """Return what stands at a key, if anything does."""
+    try:
+        return obstore.get(store, key)
+    except FileNotFoundError:
+        return None
+
+
+def _find_lack(store: Any, key: str, run: str) -> str | None:
+    """Return what a store does not do of that which runs need."""
+    condition = "If-None-Match"
+    try:
+        first = _put_if(store, key, run, b"first")
+        if not first:
+            return f"refuses conditional writes ({condition})"
+        if _put_if(store, key, run, b"not the first"):
+            return f"ignores conditional writes ({condition})"
+        condition = "If-Match"
+        for etag in _spellings(first):
+            if _put_if(store, key, run, b"second", etag):
+                break
+        else:
+            return f"refuses conditional writes ({condition})"
+        if _put_if(store, key, run, b"not the second", etag):
+            return f"ignores conditional writes ({condition})"
+    except BaseError as error:
+        if not re.search("status code: (400|405|501)", str(error)):
+            raise
+        return f"refuses conditional writes ({condition})"
+    found = obstore.get(store, key, options={"head": True})
+    return None if found.attributes.get("run") == run else "drops metadata (x-amz-meta-run)"
 
 
 # ---------------------------------------------------------------- names
@@ -145,12 +224,6 @@ def split_run(folder: str) -> tuple[str, str]:
     if not match:
         raise no_run(folder)
     return match[1], match[2]
-
-
-def _owner(output: str) -> str:
-    """Return the id of the run whose plan, or mark, stands at a prefix, if any."""
-    found, _ = read_claim(output)
-    return found.run if found else ""
 
 
 def _gone(folder: str) -> PackError:

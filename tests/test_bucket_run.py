@@ -571,17 +571,20 @@ def test_an_upload_that_fails_leaves_nothing(size: int, bucket: Bucket) -> None:
     assert not bucket.hashes()
 
 
-def test_an_upload_that_another_replaces(bucket: Bucket, monkeypatch) -> None:
+@pytest.mark.parametrize("who", ["run", "program"])
+def test_an_upload_that_another_replaces(who: str, bucket: Bucket, monkeypatch) -> None:
     """Between its end and the look at what is there now."""
     get = obstore.get
 
     def late(*arguments, **options):
-        bucket.put("shard-000000.tar", b"of another run")
+        key = f"{bucket.prefix}/shard-000000.tar"
+        attributes = {who: "another"}
+        obstore.put(bucket.store, key, b"of another run", attributes=attributes)
         return get(*arguments, **options)
 
     monkeypatch.setattr(obstore, "get", late)
     with (
-        pytest.raises(PackError, match="another run has replaced it"),
+        pytest.raises(PackError, match=f"another {who} has replaced it"),
         output_at(bucket.url).new_shard(bucket.url, 0) as new,
     ):
         new.stream.write(b"of this run...")
