@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from sharding.bucket import PLAN, objects_at
 from sharding.errors import InputError, PackError
 from sharding.plan import Plan, load_plan, no_run
 from sharding.shards import SHARD_PATTERN
-from sharding.store import connect, quoted, saying, split
+from sharding.store import connect, quoted, saying, split, version_of
 from sharding.streams import Ranges
 
 PROBE = ".webdataset-probe-"  # and the id of a run: what it tries a store on
@@ -206,7 +207,14 @@ def _find_lack(store: Any, key: str, run: str) -> str | None:
             raise
         return f"refuses conditional writes ({condition})"
     found = obstore.get(store, key, options={"head": True})
-    return None if found.attributes.get("run") == run else "drops metadata (x-amz-meta-run)"
+    if found.attributes.get("run") != run:
+        return "drops metadata (x-amz-meta-run)"
+    # What follows the name but for its last letter is that name, usually.
+    pages = obstore.list(store, os.path.dirname(key) or None, offset=key[:-1], chunk_size=1)
+    listed = next((item for page in pages for item in page if item["path"] == key), None)
+    if not listed or version_of(listed) != version_of(found.meta):
+        return f"lists a new object {'with another ETag' if listed else 'late'}"
+    return None
 
 
 # ---------------------------------------------------------------- names

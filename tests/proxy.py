@@ -53,6 +53,7 @@ def start_proxy(server: str, secret: str, lie: Lie) -> str:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def handle_any(self) -> None:
             headers = {name.lower(): value for name, value in self.headers.items()}
