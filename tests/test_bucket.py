@@ -198,6 +198,27 @@ WRONG = {
         {"AWS_ENDPOINT_URL": "http://me:hidden@127.0.0.1:1"},
         "127.0.0.1:1 does not answer",
     ),
+    "proxy": (
+        {"HTTP_PROXY": "http://me:hidden@127.0.0.1:1"},
+        "the proxy 127.0.0.1:1 (HTTP_PROXY) does not answer; check it, or add",
+    ),
+    "proxy of all": ({"all_proxy": "127.0.0.1:1"}, "the proxy 127.0.0.1:1 (all_proxy) does not"),
+    "no proxy": (
+        {
+            "HTTP_PROXY": "http://127.0.0.1:2",
+            "NO_PROXY": "127.0.0.1",
+            "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+        },
+        "127.0.0.1:1 does not answer; check AWS_ENDPOINT_URL",
+    ),
+    "no proxy in a network": (
+        {
+            "HTTP_PROXY": "http://127.0.0.1:2",
+            "NO_PROXY": "127.0.0.0/8",
+            "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+        },
+        "127.0.0.1:1 does not answer; check AWS_ENDPOINT_URL",
+    ),
     "profile": ({"AWS_ACCESS_KEY_ID": "", "AWS_PROFILE": "work"}, "AWS_PROFILE 'work'"),
 }
 
