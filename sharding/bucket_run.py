@@ -57,6 +57,7 @@ from sharding.shards import (
     STRAY_PATTERN,
     NewShard,
     beyond,
+    inside_source,
     shard_name,
     warn_of_more,
     warn_of_strays,
@@ -90,10 +91,9 @@ def check_output(output: str, listing: Listing) -> None:
     if "\\" in output:
         raise InputError(f"{argument('output')} {output!r}: some stores turn a backslash into /")
     check_bucket(output)
-    tars = is_url(listing.source) and "tar" in listing.fields.known()
-    if tars and f"{canonical(output)}/".startswith(f"{listing.source}/"):
-        inside = f"{argument('output')} {output!r} is inside {argument('source')}"
-        raise InputError(f"{inside}, whose tars it could replace")
+    source = canonical(listing.source)
+    if is_url(source) and f"{canonical(output)}/".startswith(f"{source}/"):
+        raise inside_source(output)
     names = [name for name in objects_at(output) if STRAY_PATTERN.fullmatch(name)]
     strays = [name for name in names if not SHARD_PATTERN.fullmatch(name)]
     warn_of_strays(output, "object", strays)

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sharding import plan as plans
-from sharding.errors import InputError, PackError, argument, count, naming, warn
+from sharding.errors import InputError, PackError, argument, count, explain, naming, warn
 from sharding.folder import (
     MARKER,
     STAGING,
@@ -55,6 +56,7 @@ from sharding.shards import (
     STRAY_PATTERN,
     NewShard,
     beyond,
+    inside_source,
     shard_name,
     warn_of_more,
     warn_of_strays,
@@ -77,17 +79,9 @@ _NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # of fsync on a folder: CIFS and the l
 def check_output(output: str, listing: Listing) -> None:
     """Refuse an output where writing shards would fail or overwrite something."""
     name = f"{argument('output')} {output!r}"
-    if "tar" in listing.fields.known() and os.path.isdir(listing.source):
-        here = os.path.realpath(output)
-        if Path(here).is_relative_to(os.path.realpath(listing.source)):
-            raise InputError(f"{name} is inside {argument('source')}, whose tars it could replace")
-        # A link may lead from the source to the output.
-        for file in (file for sample in listing.samples for file in sample.files()):
-            folder, base = os.path.split(os.path.realpath(os.path.join(listing.source, file)))
-            if folder == here and SHARD_PATTERN.fullmatch(base):
-                raise InputError(f"{name} holds {file!r} of {argument('source')}; choose another")
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise InputError(f"{name} is no folder")
+    _check_folder(output, name)
+    if os.path.isdir(listing.source):
+        _check_outside(output, name, listing)
     strays = []
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(output):
@@ -99,6 +93,46 @@ def check_output(output: str, listing: Listing) -> None:
             elif STRAY_PATTERN.fullmatch(entry.name):
                 strays.append(entry.name)
     warn_of_strays(output, "file", strays)
+
+
+def _check_folder(output: str, name: str) -> None:
+    """Refuse an output that is no folder, and cannot become one."""
+    try:
+        if not stat.S_ISDIR(os.stat(output).st_mode):
+            raise InputError(f"{name} is no folder")
+    except FileNotFoundError:
+        for path in (Path(output), *Path(output).parents):
+            if path.is_symlink() and not path.exists():
+                leads = f"the link {str(path)!r} leads to {os.readlink(path)!r}"
+                raise InputError(f"{name}: {leads}, which is not there") from None
+    except OSError as error:
+        raise InputError(f"{name}: {explain(error)}") from None
+
+
+def _check_outside(output: str, name: str, listing: Listing) -> None:
+    """Refuse an output in a folder of the source, even one that a link leads to."""
+    here = os.path.realpath(output)
+    folders = {os.path.realpath(listing.source), *_linked_folders(listing)}
+    if any(map(Path(here).is_relative_to, folders)):
+        raise inside_source(output)
+    if "tar" in listing.fields.known():  # a link may lead to a shard in the output
+        for file in (file for sample in listing.samples for file in sample.files()):
+            folder, base = os.path.split(os.path.realpath(os.path.join(listing.source, file)))
+            if folder == here and SHARD_PATTERN.fullmatch(base):
+                raise InputError(f"{name} holds {file!r} of {argument('source')}; choose another")
+
+
+def _linked_folders(listing: Listing) -> set[str]:
+    """Return where links lead that stand for folders with samples."""
+    seen, linked = {""}, set()
+    for folder in {sample.stem.rpartition("/")[0] for sample in listing.samples}:
+        while folder not in seen:
+            seen.add(folder)
+            path = os.path.join(listing.source, folder)
+            if os.path.islink(path):
+                linked.add(os.path.realpath(path))
+            folder = folder.rpartition("/")[0]
+    return linked
 
 
 def prepare(output: str, shard_ids: Container[int], total_shards: int) -> None:

@@ -84,6 +84,14 @@ def warn_of_more(output: str, names: Iterable[str], total_shards: int) -> None:
         warn(f"{output!r} also holds {what}; {cure}")
 
 
+def inside_source(output: str) -> InputError:
+    """Return the error that a later run would find these shards in its source."""
+    return InputError(
+        f"{argument('output')} {output!r} is inside {argument('source')}: a later run would find "
+        "the shards there; choose another place"
+    )
+
+
 def no_shards(path: str, names: Iterable[str], cure: str) -> InputError:
     """Return the error that there is no shard among these names."""
     if others := [name for name in names if name.endswith(".tar")]:
