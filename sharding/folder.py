@@ -9,6 +9,7 @@ import contextlib
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
@@ -54,9 +55,9 @@ def refuse_cut_short(output: str) -> None:
 
 def find_shards(path: str) -> Found:
     """Return the shards in a folder, or those that a pattern of paths names."""
-    if not os.path.isdir(path) and (chosen := glob.glob(path)):
-        return Found(_chosen_shards(path, chosen), [], False)
     try:
+        if not _is_folder(path) and (chosen := glob.glob(path)):
+            return Found(_chosen_shards(path, chosen), [], False)
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         refuse_cut_short(path)
     except OSError as error:
@@ -78,19 +79,37 @@ def find_shards(path: str) -> Found:
     return Found(shards, faults, True)
 
 
+def _is_folder(path: str) -> bool:
+    """Tell whether a path is a folder, unlike `os.path.isdir` also where that cannot be told.
+
+    Raises:
+        OSError: the path cannot be looked at.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError:
+        if os.path.islink(path) or not glob.has_magic(path):
+            raise
+        return False
+
+
 def _chosen_shards(path: str, chosen: Sequence[str]) -> list[str]:
     """Return the shards that a pattern names, in order."""
     for folder in {os.path.dirname(shard) or os.curdir for shard in chosen}:
         refuse_cut_short(folder)
     for shard in chosen:
-        if not SHARD_PATTERN.fullmatch(os.path.basename(shard)) or not os.path.isfile(shard):
+        named = SHARD_PATTERN.fullmatch(os.path.basename(shard))
+        if not named or not stat.S_ISREG(os.stat(shard).st_mode):
             raise InputError(f"{argument('path')} {path!r}: {shard!r} is no shard-*.tar")
     return sorted(chosen, key=lambda shard: (os.path.basename(shard), shard))
 
 
-def identify(shards: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Return what distinguishes these shards from others that replace them."""
-    return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
+def identify(shards: Sequence[str]) -> list[tuple[int, int]]:
+    """Return what distinguishes these shards from others that replace them.
+
+    Their inode numbers would, too, but on some mounts those change by themselves.
+    """
+    return [(s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
 
 
 @contextlib.contextmanager

@@ -11,15 +11,12 @@ output when all are moved, before the mark that they are being moved goes (`_mov
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import functools
 import os
-import re
 import secrets
 import shutil
 import stat
-import time
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,13 +26,16 @@ from sharding import plan as plans
 from sharding.errors import InputError, PackError, argument, count, explain, naming, warn
 from sharding.folder import (
     MARKER,
-    STAGING,
     cut_short,
     is_publishing,
     is_staging,
     refuse_cut_short,
     staging_folders,
 )
+from sharding.mounts import LOCK as LOCK
+from sharding.mounts import lock_output as lock_output  # which `places.Output` has, as the next
+from sharding.mounts import settle as settle
+from sharding.mounts import unlock
 from sharding.plan import (
     PLAN,
     Plan,
@@ -49,8 +49,6 @@ from sharding.plan import (
 )
 from sharding.samples import Sample
 from sharding.shards import (
-    MAX_SHARDS,
-    PARTIAL_PATTERN,
     SHARD_PATTERN,
     STAGED_PATTERN,
     STRAY_PATTERN,
@@ -61,17 +59,15 @@ from sharding.shards import (
     warn_of_more,
     warn_of_strays,
 )
+from sharding.staging import GONE as GONE
+from sharding.staging import clear, lost_runs, remove_leftovers
+from sharding.staging import new_staging as _new_staging
+from sharding.staging import remove_staging as _remove_staging
 
 if TYPE_CHECKING:
     from sharding.listing import Listing
 
-LOCK = ".webdataset.lock"
 LEFT = "left"  # in a staging folder: shards of dead runs, until each is found to be still true
-GONE = ".webdataset-gone-"  # begins the name of a staging folder that is being removed
-LOCK_WAIT = 0.5  # seconds; the holder of a run that has just ended takes a moment to go
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # of flock: some Lustre and FUSE
-_NO_SYNC = {errno.EINVAL, errno.ENOTSUP}  # of fsync on a folder: CIFS and the like
-
 
 # ---------------------------------------------------------------- before a run
 
@@ -175,35 +171,6 @@ def _stage(
         raise
     _take_over(folder, left, replace)
     return folder, plan
-
-
-def lock_output(output: str) -> int:
-    """Take the lock of an output; it is released when the last holder of the descriptor ends.
-
-    Raises:
-        PackError: another run holds it.
-    """
-    path, deadline = os.path.join(output, LOCK), time.monotonic() + LOCK_WAIT
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        except FileNotFoundError:
-            pass  # the run that held it has just ended and removed the file
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                warn(f"{output!r}: no locks on this file system: two runs would not see each other")
-                return fd
-            if not isinstance(error, BlockingIOError):
-                raise
-            if time.monotonic() > deadline:
-                os.close(fd)
-                message = f"another run is packing into {output!r}; wait, or stop it"
-                raise PackError(message) from None
-            time.sleep(LOCK_WAIT / 10)
-        os.close(fd)
 
 
 def _is_locked(lock: int) -> bool:
@@ -401,17 +368,21 @@ def publish(folder: str, plan: Plan) -> list[int]:
     output, staging = os.path.dirname(folder), folder
     if not is_publishing(folder):
         _check_complete(folder, plan)  # before tasks that are still at work lose their folder
-        staging = _new_staging(output)
-        os.rename(folder, staging)  # from here on, no late task changes anything
+        with contextlib.suppress(OSError):  # some folders cannot be renamed: see _remove_staging
+            new = _new_staging(output)
+            os.rename(folder, new)  # from here on, no late task changes anything
+            staging = new
         try:
             _check_complete(staging, plan)
             _begin_publishing(staging)
         except BaseException:
-            os.rename(staging, folder)
+            if staging != folder:
+                os.rename(staging, folder)
             raise
     _move_shards(staging, plan.total_shards)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(output, LOCK))
+    for left in lost_runs(output):
+        clear(left)
+    unlock(output)
     names = map(shard_name, range(plan.total_shards))
     return [os.stat(os.path.join(output, name)).st_size for name in names]
 
@@ -425,7 +396,10 @@ def _check_complete(staging: str, plan: Plan) -> None:
 
 def finish_publishing(output: str) -> bool:
     """Finish a run that was cut short while its shards replaced the previous ones, if any."""
-    cut = cut_short(output)
+    lost = lost_runs(output)
+    for folder in lost:
+        warn(f"{folder!r}: publishing was interrupted, and the plan is gone; packing all afresh")
+    cut = [folder for folder in cut_short(output) if folder not in lost]
     for folder in cut:
         _move_shards(folder, plans.read_plan(folder).total_shards)
     return bool(cut)
@@ -455,59 +429,9 @@ def _begin_publishing(staging: str) -> None:
 def _move_shards(staging: str, total_shards: int) -> None:
     """Move shards to their final place; what is moved already, by a run cut short, stays."""
     output = os.path.dirname(staging)
-    for shard_id, (path,) in sorted(staged_shards(staging).items()):
+    for shard_id, (path, *_) in sorted(staged_shards(staging).items()):
         os.rename(path, os.path.join(output, shard_name(shard_id)))
     for name in beyond(os.listdir(output), total_shards):  # of a larger dataset
         os.unlink(os.path.join(output, name))
     settle(output)
-    _remove_staging(staging)
-
-
-def settle(output: str) -> None:
-    """Flush the names in a folder to the disk, as fsync does for the content of a file."""
-    fd = os.open(output, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(fd)
-
-
-# ---------------------------------------------------------------- staging folders
-
-
-def _new_staging(output: str) -> str:
-    """Return the path of a staging folder that no other run has."""
-    return os.path.join(output, STAGING + secrets.token_hex(8))
-
-
-def _remove_staging(staging: str) -> None:
-    """Remove a staging folder; once it is renamed, nobody takes it for one."""
-    gone = os.path.join(os.path.dirname(staging), GONE + secrets.token_hex(8))
-    os.rename(staging, gone)
-    shutil.rmtree(gone)
-
-
-def remove_leftovers(output: str, shard_ids: Container[int] = range(MAX_SHARDS)) -> None:
-    """Remove what killed attempts at these shards left, and staging folders half removed."""
-    for name in os.listdir(output):
-        path = os.path.join(output, name)
-        if match := PARTIAL_PATTERN.fullmatch(name):
-            if int(match[1]) in shard_ids and not _is_being_written(path):
-                os.unlink(path)
-        elif re.fullmatch(re.escape(GONE) + "[0-9a-f]{16}", name) and not os.path.islink(path):
-            shutil.rmtree(path)
-
-
-def _is_being_written(path: str) -> bool:
-    """Tell whether a process has this partial shard locked."""
-    with open(path, "rb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # no locks on this file system
-            pass
-        return False
+    clear(staging)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from sharding.errors import InputError, PackError, argument, count, naming
+from sharding.errors import InputError, PackError, StopRun, argument, count, naming
 from sharding.samples import Sample, deal
 from sharding.urls import is_url
 
@@ -218,6 +218,9 @@ def _opening(folder: str) -> Iterator[tuple[str, BinaryIO]]:
         with open(path, "rb") as stream:
             yield path, stream
     except FileNotFoundError:
+        output = os.path.dirname(os.path.abspath(folder))
+        if not os.path.isdir(output):
+            raise StopRun(f"{output!r} is gone: was it removed or unmounted?") from None
         why = "the run was published, resumed in a new folder, or removed"
         raise PackError(f"{path!r} is gone: {why}") from None
 
