@@ -11,11 +11,11 @@ output when all are moved, before the mark that they are being moved goes (`_mov
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import os
 import secrets
-import shutil
 import stat
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -33,9 +33,9 @@ from sharding.folder import (
     staging_folders,
 )
 from sharding.mounts import LOCK as LOCK
+from sharding.mounts import denied, make_folder, remove_folder, unlock
 from sharding.mounts import lock_output as lock_output  # which `places.Output` has, as the next
 from sharding.mounts import settle as settle
-from sharding.mounts import unlock
 from sharding.plan import (
     PLAN,
     Plan,
@@ -60,9 +60,14 @@ from sharding.shards import (
     warn_of_strays,
 )
 from sharding.staging import GONE as GONE
-from sharding.staging import clear, lost_runs, remove_leftovers
-from sharding.staging import new_staging as _new_staging
-from sharding.staging import remove_staging as _remove_staging
+from sharding.staging import (
+    clear,
+    lost_runs,
+    make_staging,
+    new_staging,
+    remove_leftovers,
+    remove_staging,
+)
 
 if TYPE_CHECKING:
     from sharding.listing import Listing
@@ -160,14 +165,14 @@ def _stage(
     output: str, plan: Plan, samples: Sequence[Sample], resume: bool, replace: bool
 ) -> tuple[str, Plan]:
     """Make the staging folder of a run, and take over or clear those of others."""
-    folder = _new_staging(output)
-    os.mkdir(folder)
+    folder = make_staging(output)
     try:
         plan = write_plan(folder, plan, samples)
         left = _left_runs(folder, plan)
         _check_left(left, resume, replace)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_folder(folder)
         raise
     _take_over(folder, left, replace)
     return folder, plan
@@ -203,7 +208,7 @@ def _left_runs(folder: str, plan: Plan) -> list[_Left]:
     """Return what other runs have left beside the folder of a run."""
     found = []
     for other in staging_folders(os.path.dirname(folder)):
-        if other == folder:
+        if other == folder or is_publishing(other):  # one that is lost; its mark must stay
             continue
         before, shards = None, all_shards(other)
         try:
@@ -220,10 +225,12 @@ def _check_left(left: Sequence[_Left], resume: bool, replace: bool) -> None:
 
     Raises:
         InputError: finished shards would be lost.
-        PackError: an array job is there.
+        PackError: an array job is there, or what may not be touched.
     """
     for other, before, differs, shards in left:
         output, finished = os.path.dirname(other), len(shards)
+        if not os.access(other, os.W_OK | os.X_OK):
+            raise denied(other)
         if before and before.driver is None and (differs or replace or not resume):
             raise _array_job(other, before, differs)
         if before and differs and finished and not replace:
@@ -244,13 +251,28 @@ def _take_over(folder: str, left: Sequence[_Left], replace: bool) -> None:
     for other, _, differs, shards in left:
         fits = not (differs or replace)
         if shards and fits:
-            os.makedirs(kept, exist_ok=True)
-            for path in (path for paths in shards.values() for path in paths):
-                with contextlib.suppress(FileNotFoundError):  # a late task of Ray has just moved it
-                    os.rename(path, os.path.join(kept, os.path.basename(path)))
-        _remove_staging(other)  # a late writer of that run finds its folder gone
-        if shards and not fits:
+            _move_left(other, shards, kept)
+        gone = remove_staging(other)  # a late writer of that run finds its folder gone
+        if shards and gone and not fits:
             warn(f"{count(len(shards), 'finished shard')} of an interrupted run removed")
+
+
+def _move_left(other: str, shards: dict[int, list[str]], kept: str) -> None:
+    """Move the finished shards of a dead run to a new one."""
+    if not os.path.isdir(kept):
+        make_folder(kept)
+    for path in (path for paths in shards.values() for path in paths):
+        try:
+            os.rename(path, os.path.join(kept, os.path.basename(path)))
+        except FileNotFoundError:
+            pass  # a late task of Ray has just moved it
+        except PermissionError:
+            raise denied(other) from None
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # of a quota of its own, or another file system
+                raise
+            warn(f"{path!r} cannot be moved ({error.strerror}); it and others are packed again")
+            return
 
 
 def _array_job(folder: str, before: Plan, differs: Sequence[str] = ()) -> PackError:
@@ -369,7 +391,7 @@ def publish(folder: str, plan: Plan) -> list[int]:
     if not is_publishing(folder):
         _check_complete(folder, plan)  # before tasks that are still at work lose their folder
         with contextlib.suppress(OSError):  # some folders cannot be renamed: see _remove_staging
-            new = _new_staging(output)
+            new = new_staging(output)
             os.rename(folder, new)  # from here on, no late task changes anything
             staging = new
         try:

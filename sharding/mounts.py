@@ -123,6 +123,14 @@ def remove_folder(
     os.rmdir(path, dir_fd=within)
 
 
+def make_folder(path: str) -> None:
+    """Make a folder, and share it; see `share`."""
+    os.mkdir(path)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    share(fd, os.path.dirname(path))
+    os.close(fd)
+
+
 def share(fd: int, folder: str) -> None:
     """Let the group do with a new file or folder what it may do in the folder that holds it."""
     with contextlib.suppress(OSError):  # on mounts without modes; the group can do without

@@ -15,7 +15,7 @@ from collections.abc import Container
 
 from sharding.errors import InputError, PackError, argument, explain, warn
 from sharding.folder import MARKER, STAGING, cut_short, is_publishing
-from sharding.mounts import LOCK, denied, remove_folder, share
+from sharding.mounts import LOCK, denied, make_folder, remove_folder
 from sharding.plan import PLAN
 from sharding.shards import MAX_SHARDS, PARTIAL_PATTERN
 
@@ -40,11 +40,8 @@ def make_staging(output: str) -> str:
         InputError: folders cannot be renamed there.
     """
     first, folder = _new_gone(output), new_staging(output)
-    os.mkdir(first)
+    make_folder(first)
     try:
-        fd = os.open(first, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        share(fd, output)
-        os.close(fd)
         # Some mounts rename a folder only while it is empty. The plan takes the place of this.
         open(os.path.join(first, f"{PLAN}-new"), "xb").close()
         _rename_first(first, folder)

@@ -388,7 +388,8 @@ def test_synced_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert synced.read_bytes() == Path(run.folder, PLAN).read_bytes()
     pack(run, 0)
     finish(run)
-    assert calls[:8] == [
+    assert calls[:9] == [
+        "show .webdataset-STAMP",  # empty: so folders can be renamed there
         "sync plan-new",
         "sync .shard-00000",
         "show shard-000000.STAMP",  # in the staging folder
@@ -576,10 +577,10 @@ def test_signals_wait_until_all_is_published(tmp_path: Path, monkeypatch) -> Non
 
 def test_a_task_that_is_at_work_while_it_publishes(tmp_path: Path, monkeypatch) -> None:
     """It keeps its folder if shards are missing; what it adds at the last moment is noticed."""
-    source, output, new = write_pairs(tmp_path / "s", 4), tmp_path / "o", folder_run._new_staging
+    source, output, new = write_pairs(tmp_path / "s", 4), tmp_path / "o", folder_run.new_staging
     run, _ = start_run(list_samples(source), output=output, total_shards=2)
     pack(run, 0)
-    monkeypatch.setattr(folder_run, "_new_staging", None)
+    monkeypatch.setattr(folder_run, "new_staging", None)
     with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
         finish(run)
     pack(run, 1)
@@ -589,7 +590,7 @@ def test_a_task_that_is_at_work_while_it_publishes(tmp_path: Path, monkeypatch) 
         second.touch()
         return new(output)
 
-    monkeypatch.setattr(folder_run, "_new_staging", late)
+    monkeypatch.setattr(folder_run, "new_staging", late)
     with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
         finish(run)
     second.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Bucket, run_script, start_packing, write_pairs
+from conftest import ROOT, Bucket, hashes, run_script, start_packing, write_pairs
 
 import read_webdataset
 from sharding import folder
 from sharding.errors import InputError
 from sharding.mounts import LOCK
+from sharding.plan import PLAN
 from sharding.shards import shard_name
 
 GROUP, COLLEAGUE = 64_001, 64_002  # ids that nobody has
@@ -155,6 +157,41 @@ def test_a_lock_file_that_nobody_sees(preload: str, tmp_path: Path) -> None:
     assert done.returncode == 1 and LOCK in done.stderr and time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EXDEV, errno.EMFILE])
+def test_a_mount_that_renames_no_folders(number: int, preload: str, tmp_path: Path) -> None:
+    """As those of buckets: found out before any packing."""
+    source, output = write_pairs(tmp_path / "source", 8), tmp_path / "o"
+    assert run_script("run_parallel.sh", *flags(source, output)).returncode == 0
+    before = hashes(output)
+    odd = {"LD_PRELOAD": preload, "RENAME_ERRNO": str(number), "RENAME_PATH": ".webdataset"}
+    for script, more in (("run_parallel.sh", []), ("sharding", ["start"])):
+        done = run_script(script, *more, *flags(source, output), env=odd)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        assert "renames no folders" in done.stderr and done.stderr.count("\n") == 1
+        assert hashes(output) == before and sorted(os.listdir(output)) == FEW
+
+
+@pytest.mark.parametrize("publishing", [False, True])
+def test_a_run_that_was_moved_in_part(publishing: bool, tmp_path: Path, capfd) -> None:
+    """Its plan did not arrive: no later run stops there."""
+    source, output = write_pairs(tmp_path / "source", 8), tmp_path / "o"
+    run_script("run_parallel.sh", *flags(source, output))
+    job = start_array(source, output)
+    (job / PLAN).unlink()
+    if publishing:
+        (job / folder.MARKER).touch()
+        assert read_webdataset.main(["--path", str(output), "--quiet"]) == 1
+        assert "publishing was interrupted" in capfd.readouterr().err
+    else:
+        done = run_script("run_parallel.sh", *flags(source, output))
+        assert done.returncode == 2 and "without a plan; --replace removes it" in done.stderr
+    more = [] if publishing else ["--replace"]
+    done = run_script("run_parallel.sh", *flags(source, output, *more))
+    assert done.returncode == 0, done
+    assert ("the plan is gone; packing all afresh" in done.stderr) is publishing
+    assert sorted(os.listdir(output)) == FEW
+
+
 def test_a_prefix_inside_the_source(bucket: Bucket, tmp_path: Path) -> None:
     """A later run would list the shards; the source may well be below the output."""
     source = bucket.upload(write_pairs(tmp_path / "raw", 4), "raw/")
@@ -196,6 +233,27 @@ def test_a_run_of_a_lower_layer_is_published(overlay: Path, tmp_path: Path) -> N
     done = run_script("sharding", "publish", "--run", overlay / "o" / job.name)
     assert (done.returncode, done.stderr) == (0, ""), done
     assert sorted(os.listdir(overlay / "o")) == FEW
+
+
+@pytest.mark.parametrize("more", [[], ["--replace"]], ids=["go on", "replace"])
+def test_a_killed_run_of_a_lower_layer(more: list[str], overlay: Path, tmp_path: Path) -> None:
+    """It is taken over, or removed as it says, though its folder cannot be renamed."""
+    source, lower = write_pairs(tmp_path / "source", 2_000), tmp_path / "lower" / "o"
+    kill_a_run(source, lower)
+    mount_overlay(overlay)
+    done = run_script("run_parallel.sh", *flags(source, overlay / "o", "--num-shards=200", *more))
+    assert done.returncode == 0, done.stderr
+    assert ("kept" in done.stdout) is (not more) and ("removed" in done.stderr) is bool(more), done
+    assert len(os.listdir(overlay / "o")) == 200
+
+
+def kill_a_run(source: Path, output: Path) -> Path:
+    """Kill a run in the middle, and return the folder that it has left."""
+    process = start_packing(*flags(source, output, "--num-shards=200"))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    (left,) = folder.staging_folders(str(output))
+    return Path(left)
 
 
 @pytest.fixture
@@ -283,3 +341,26 @@ def test_the_lock_of_a_colleague(shared: Path, tmp_path: Path) -> None:
 def umask() -> int:
     os.umask(mask := os.umask(0))
     return mask
+
+
+@pytest.mark.parametrize("mode", [None, 0o755], ids=["of the group", "of the colleague"])
+def test_a_killed_run_of_a_colleague(mode: int | None, shared: Path, tmp_path: Path) -> None:
+    """Made by this version, or by one that gave the group no right to it."""
+    source, member = write_pairs(tmp_path / "source", 2_000), group_member()
+    for _ in range(2):  # the second one has taken over shards of the first
+        left = kill_a_run(source, shared)
+    if mode:
+        left.chmod(mode)
+    give_to_colleague(shared / LOCK, left, *left.rglob("*"))
+    before = hashes(shared)
+    again = flags(source, shared, "--num-shards=200")
+    done = run_script("run_parallel.sh", *again, prefix=member)
+    if mode:
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done
+        assert f"'{left}': Permission denied: a run of user {COLLEAGUE} left it" in done.stderr
+        assert f"`chmod -R g+rwX {left}`" in done.stderr
+        assert hashes(shared) == before and left.exists()
+        left.chmod(0o2775)
+        done = run_script("run_parallel.sh", *again, prefix=member)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert "kept" in done.stdout and len(os.listdir(shared)) == 200
