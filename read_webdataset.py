@@ -64,7 +64,7 @@ def open_shards(urls: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     webdataset takes a path for a URL: it cuts "a#b" or "a?b" short, and runs "pipe:..." in a shell.
     """
     for url in urls:
-        with dataset_at(url["url"]).open_shard(url["url"]) as (stream, _):
+        with dataset_at(url["url"]).open_shard(url["url"]) as (stream, *_):
             yield {"url": url["url"], "stream": stream}
 
 

@@ -76,19 +76,17 @@ def etags(urls: Iterable[str]) -> list[str | None]:
 
 
 @contextlib.contextmanager
-def open_shard(path: str, buffering: int = 1 << 20) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a shard; give the stream and its size."""
+def open_shard(path: str, buffering: int = 1 << 20) -> Iterator[tuple[BinaryIO, int, Any]]:
+    """Open a shard; give the stream, its size and its version."""
     # A large buffer means that all is read: no need to begin with small ranges.
     raw = Ranges(path, first=LARGEST_RANGE if buffering >= 64 << 10 else FIRST_RANGE)
     with io.BufferedReader(raw, max(buffering, 4 << 10)) as stream:
-        yield stream, raw.size
+        yield stream, raw.size, raw.etag
 
 
-def read_range(path: str, offset: int, size: int) -> bytes:
-    """Return a part of a shard."""
-    bucket, key = split(path)
-    with saying(path):
-        return bytes(obstore.get_range(connect(bucket), key, start=offset, length=size))
+def read_range(path: str, offset: int, size: int, version: Any) -> bytes:
+    """Return a part of this version of a shard."""
+    return bytes(Ranges(path, offset + size, version).fetch(offset, size))
 
 
 def shard_size(path: str) -> int:

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sharding.errors import InputError, PackError, argument, explain, naming
 from sharding.shards import REPLACED, SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards
@@ -112,21 +112,32 @@ def identify(shards: Sequence[str]) -> list[tuple[int, int]]:
     return [(s.st_size, s.st_mtime_ns) for s in map(os.stat, shards)]
 
 
+def _version(status: os.stat_result) -> tuple[int, int]:
+    """Return what tells a shard from one that takes its place, also when it is opened again.
+
+    Not its inode: on some mounts that follows the path, or is another one each time it is opened.
+    """
+    return status.st_size, status.st_mtime_ns
+
+
 @contextlib.contextmanager
-def open_shard(path: str, buffering: int = 1 << 20) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a shard; give the stream and its size."""
+def open_shard(path: str, buffering: int = 1 << 20) -> Iterator[tuple[BinaryIO, int, Any]]:
+    """Open a shard; give the stream, its size and its version."""
     with naming(path), open(path, "rb", buffering=buffering) as stream:
         status = os.fstat(stream.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        yield stream, status.st_size
-        if not os.path.samestat(status, os.stat(path)):
+        yield stream, status.st_size, _version(status)
+        now = os.stat(path)
+        if not os.path.samestat(status, now) or _version(status) != _version(now):
             raise PackError(f"{path!r}: {REPLACED}")
 
 
-def read_range(path: str, offset: int, size: int) -> bytes:
-    """Return a part of a shard."""
-    with naming(path), open(path, "rb", buffering=0) as stream:
+def read_range(path: str, offset: int, size: int, version: Any) -> bytes:
+    """Return a part of this version of a shard."""
+    with open_shard(path, 4 << 10) as (stream, _, found):
+        if found != version:
+            raise PackError(f"{path!r}: {REPLACED}")
         stream.seek(offset)
         return stream.read(size)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from sharding.shards import Found, NewShard
 from sharding.urls import is_url
@@ -36,15 +36,19 @@ class Dataset(Protocol):
 
     def open_shard(
         self, path: str, buffering: int = ...
-    ) -> AbstractContextManager[tuple[BinaryIO, int]]:
-        """Open a shard, which can seek; the context gives the stream and its size in bytes.
+    ) -> AbstractContextManager[tuple[BinaryIO, int, Any]]:
+        """Open a shard, which can seek; the context gives stream, size in bytes, and version.
 
         Raises:
             PackError: the shard was replaced while it was read.
         """
 
-    def read_range(self, path: str, offset: int, size: int) -> bytes:
-        """Return a part of a shard."""
+    def read_range(self, path: str, offset: int, size: int, version: Any) -> bytes:
+        """Return a part of a shard.
+
+        Raises:
+            PackError: it is of another version than the one that was opened before.
+        """
 
     def shard_size(self, path: str) -> int:
         """Return the size of a shard in bytes."""

@@ -26,10 +26,13 @@ class Later(NamedTuple):
     path: str
     offset: int
     size: int
+    version: Any  # of the shard
 
     def read(self) -> bytes:
         """Return the content."""
-        return dataset_at(self.path).read_range(self.path, self.offset, self.size)
+        if not self.size:  # a store has no empty range
+            return b""
+        return dataset_at(self.path).read_range(*self)
 
 
 def read_samples(
@@ -50,7 +53,7 @@ def read_samples(
     seen: set[str] = set()
     buffering = SCAN_SIZE if later() else READ_SIZE
     try:
-        with dataset_at(path).open_shard(path, buffering) as (stream, end):
+        with dataset_at(path).open_shard(path, buffering) as (stream, end, version):
             for name, size in read_members(stream, end):
                 key, field = split_name(name)
                 if key is None or field is None:
@@ -68,7 +71,7 @@ def read_samples(
                 seen.add(field)
                 if wanted is None or field in wanted:
                     if later():
-                        sample[field] = Later(path, stream.tell(), size)
+                        sample[field] = Later(path, stream.tell(), size, version)
                     else:
                         sample[field] = stream.read(size)
             if sample:

@@ -174,7 +174,7 @@ def count_shards(shards: Sequence[str], listed: Sequence[Sample]) -> int:
 def _first_keys(shard: str) -> list[str]:
     """Return the keys of the first few members of a shard, in order."""
     keys: dict[str, None] = {}
-    with dataset_at(shard).open_shard(shard) as (stream, size), contextlib.suppress(Damaged):
+    with dataset_at(shard).open_shard(shard) as (stream, size, _), contextlib.suppress(Damaged):
         for name, _ in islice(read_members(stream, size), 64):
             keys[split_name(name)[0] or ""] = None
     return list(keys)
@@ -256,7 +256,7 @@ class Comparison(io.BytesIO):
 
 def check_shard(task: Task) -> Checked:
     """Check one shard: as a whole, if the source says what it must be, or member by member."""
-    with dataset_at(task.path).open_shard(task.path, 1 << 16) as (stream, size):
+    with dataset_at(task.path).open_shard(task.path, 1 << 16) as (stream, size, _):
         if task.samples and not task.decode:
             try:
                 write_samples(Comparison(stream), task.source, task.samples)

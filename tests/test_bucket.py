@@ -23,6 +23,7 @@ from read_webdataset import count_samples, open_webdataset
 from read_webdataset import main as read
 from sharding import store, streams
 from sharding.errors import InputError, PackError, StopRun
+from sharding.reading import read_samples
 
 
 @pytest.fixture
@@ -138,6 +139,16 @@ def test_a_replaced_object_is_an_error(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put("shard-000000.tar", bytes(60 << 20))
     with pytest.raises(PackError, match="it was replaced while it was read"):
         list(samples)
+    (tmp_path / "s" / "sample-0.jpg").write_bytes(b"")
+    create_webdataset(tmp_path / "s", tmp_path / "o", 0, 1)
+    bucket.upload(tmp_path / "o")
+    shard = f"{url}/shard-000000.tar"
+    later = [sample["jpg"] for sample in read_samples(shard, later=lambda: True)]
+    read = [content.read() for content in later]
+    assert read == [sample["jpg"] for sample in read_samples(shard)] and read[0] == b""
+    bucket.put("shard-000000.tar", bytes(60 << 20))
+    with pytest.raises(PackError, match="it was replaced while it was read"):
+        later[1].read()
     obstore.delete(bucket.store, f"{bucket.prefix}/shard-000000.tar")
     with pytest.raises(PackError, match="no such object"):
         streams.Ranges(f"{url}/shard-000000.tar")

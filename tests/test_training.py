@@ -117,13 +117,58 @@ def test_a_field_that_occurs_twice(tmp_path: Path) -> None:
         list(wds.WebDataset([shard], shardshuffle=False))
 
 
-def test_a_shard_that_is_replaced_meanwhile(tmp_path: Path) -> None:
-    source, output = write_pairs(tmp_path / "source", 40), tmp_path / "o"
-    create_webdataset(source, output, 0, 1)
-    samples = iter(open_webdataset(output, decode=None, shuffle_buffer=0))
+REPLACED = r"shard-000000.tar': it was replaced while it was read"
+
+
+def write_letters(folder: Path, letter: str) -> Path:
+    """Write pairs of one letter: of each letter, they make a shard of the same size."""
+    folder.mkdir()
+    for number in range(60):
+        for field in ("jpg", "txt"):
+            (folder / f"{number:02d}.{field}").write_bytes(letter.encode() * 100_000)
+    return folder
+
+
+def replace_shard(old: Path, new: Path, how: str) -> None:
+    """Replace a shard: by another file, or in the same one, as mounts may have it."""
+    assert old.stat().st_size == new.stat().st_size
+    if how == "renamed":
+        new.rename(old)
+    else:
+        shutil.copyfile(new, old)
+
+
+@pytest.mark.parametrize("how", ["renamed", "same inode"])
+def test_a_shard_that_is_replaced_meanwhile(how: str, tmp_path: Path) -> None:
+    """By one of the same size: while it is read, and before what was passed over is read."""
+    for name in ("old", "new", "newer"):
+        create_webdataset(write_letters(tmp_path / f"{name}-s", name[-1]), tmp_path / name, 0, 1)
+    old, new, newer = (tmp_path / name / "shard-000000.tar" for name in ("old", "new", "newer"))
+    samples = iter(open_webdataset(tmp_path / "old", decode=None, shuffle_buffer=0))
     next(samples)
-    create_webdataset(source, output, 0, 1)
-    with pytest.raises(PackError, match=r"shard-000000.tar': it was replaced while it was read"):
+    replace_shard(old, new, how)
+    with pytest.raises(PackError, match=REPLACED):
+        list(samples)
+    later = [sample["txt"] for sample in read_samples(str(old), later=lambda: True)]
+    assert later[0].read() == b"w" * 100_000
+    replace_shard(old, newer, how)
+    with pytest.raises(PackError, match=REPLACED):
+        later[1].read()
+
+
+def test_an_epoch_taken_up_in_a_shard_that_is_replaced(tmp_path: Path) -> None:
+    """What a shuffle holds of the samples that were passed over is of one version, too."""
+    for name in ("old", "new"):
+        create_webdataset(write_letters(tmp_path / f"{name}-s", name[-1]), tmp_path / name, 0, 1)
+    whole = open_webdataset(tmp_path / "old", "txt", decode=None, shuffle_buffer=60)
+    list(itertools.islice(whole, 20))
+    again = open_webdataset(tmp_path / "old", "txt", decode=None, shuffle_buffer=60)
+    again.load_state_dict(whole.state_dict())
+    samples = iter(again)
+    assert next(samples) == (b"d" * 100_000,)
+    shards = (tmp_path / name / "shard-000000.tar" for name in ("old", "new"))
+    replace_shard(*shards, "same inode")
+    with pytest.raises(PackError, match=REPLACED):
         list(samples)
 
 
