@@ -14,7 +14,6 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from typing import Any
 
 import webdataset as wds
-from webdataset import autodecode
 from webdataset.utils import pytorch_worker_info
 
 from sharding.errors import InputError, PackError, count
@@ -128,7 +127,7 @@ def open_pipeline(
     shards: Sequence[str],
     required: Sequence[str],
     optional: Sequence[str],
-    decode: str | None,
+    decoders: Mapping[str, Callable[[bytes], Any]],
     shuffle_buffer: int,
     seed: int,
     handler: Callable[[Exception], bool] | None,
@@ -138,7 +137,7 @@ def open_pipeline(
     position = Position()
     dataset = TrainingDataset(shards, shardshuffle=False, empty_check=False)
     dataset.position = position
-    make_tuples = MakeTuples(position, required, optional, decode, handler)
+    make_tuples = MakeTuples(position, required, optional, decoders, handler)
     stages: list[Any] = [SplitShards(position, shuffle_buffer > 0, seed, even)]
     stages.append(ReadShards(position, make_tuples.wanted))
     if shuffle_buffer > 0:
@@ -247,16 +246,14 @@ class MakeTuples:
         position: Position,
         required: Sequence[str],
         optional: Sequence[str],
-        decode: str | None,
+        decoders: Mapping[str, Callable[[bytes], Any]],
         handler: Callable[[Exception], bool] | None,
     ) -> None:
         self.position = position
         self.entries = [(entry, entry.split(";")) for entry in (*required, *optional)]
         self.wanted = frozenset(field for _, fields in self.entries for field in fields)
         self.optional = set(optional)
-        self.decode: Callable[[str, bytes], Any] | None = None
-        if decode:
-            self.decode = autodecode.Decoder([autodecode.imagehandler(decode)]).decode1
+        self.decoders = decoders
         self.handler = handler
 
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
@@ -304,13 +301,14 @@ class MakeTuples:
         data = sample[field]
         if isinstance(data, Later):
             data = data.read()
-        if self.decode is None or field.startswith("__"):
+        decode = self.decoders.get(field)
+        if decode is None:
             return data
         try:
-            return self.decode(field, data)
+            return decode(data)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow and others raise nearly anything
+        except Exception as error:  # Pillow, and functions of users, raise nearly anything
             reason = f"{type(error).__name__}: {error}"
             name = f"{_name(sample)}, field {field!r}"
             raise PackError(f"{name} cannot be decoded: {reason}") from error

@@ -6,11 +6,12 @@ are in `pipeline.py`, which imports webdataset.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sharding.errors import InputError, PackError
 from sharding.places import dataset_at
@@ -21,13 +22,17 @@ if TYPE_CHECKING:
     from sharding.pipeline import TrainingDataset
 
 COUNT_THREADS = 8  # each holds some 17 MB
+DEFAULT = "pilrgb"
+# Fields that webdataset decodes by running what is in them (`webdataset/autodecode.py`).
+PICKLES = {"pickle", "pkl", "pth", "pyd"}
+POSTSCRIPT = b"%!PS", b"\xc5\xd0\xd3\xc6"  # beginnings of what Pillow has Ghostscript run
 
 
 def open_webdataset(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     fields: str | Iterable[str] = "jpg,txt",
     optional_fields: str | Iterable[str] = (),
-    decode: str | None = "pilrgb",
+    decode: str | Mapping[str, str | Callable[[bytes], Any] | None] | None = DEFAULT,
     shuffle_buffer: int = 1_000,
     seed: int = 0,
     handler: Callable[[Exception], bool] | None = None,
@@ -42,8 +47,20 @@ def open_webdataset(
             "jpg;png" is the one of them that it has.
         optional_fields: more of these, behind them; None where a sample has none (of which a
             DataLoader makes batches with a `collate_fn` alone).
-        decode: what images become: "pilrgb", "torchrgb", ... as `decode` of webdataset says;
-            None leaves every field as bytes.
+        decode: what images become, in the spellings of webdataset. "pilrgb", "pilrgba", "pill": PIL
+            images, of which a DataLoader makes batches with a `collate_fn` alone. "rgb", "rgba",
+            "l": arrays of height, width and channels ("l": without these), floats from 0 to 1;
+            "rgb8", "rgba8", "l8": bytes from 0 to 255. "torchrgb", "torchrgb8", ...: such tensors,
+            with channels first. All of these make a picture 8-bit, in these channels: in 16-bit
+            grey (depth), what is beyond 255 becomes 255; ids of a mask with a palette become its
+            colors; without "a", transparency is dropped. Other fields are decoded by their ending
+            (txt, json, cls, npy, ...), or stay bytes if webdataset does not know it.
+
+            None leaves every field as bytes. A mapping says it for each field: a spelling, None,
+            or a function of its bytes, such as {"jpg": "torchrgb", "depth.png": read_depth,
+            "mask.png": None}; "pilrgb" for those that it does not name. Workers that are spawned
+            import the function, so it can be no lambda. Pickles (pkl, pyd, pth, ...) must be
+            named, with None or a function: to load one runs whatever its maker wrote there.
         shuffle_buffer: samples that a worker holds to shuffle them; 0 keeps the order of the
             shards.
         seed: of the order of shards and samples.
@@ -56,15 +73,11 @@ def open_webdataset(
         InputError: there are no shards, or there is no such way to decode.
         PackError: the folder also holds stray files.
     """
-    from webdataset.autodecode import imagespecs
-
     from sharding.pipeline import open_pipeline
 
-    spellings = sorted(imagespecs)
-    if decode is not None and decode not in spellings:
-        raise InputError(f"decode {decode!r}: choose None, or one of {', '.join(spellings)}")
-    if decode and decode.startswith("torch"):
-        importlib.import_module("torch")  # where it is missing, say so now
+    required = _split(fields)
+    optional = _split(optional_fields) if optional_fields else []
+    decoders = _decoders([f for entry in required + optional for f in entry.split(";")], decode)
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
     shards = []
     for each in paths:
@@ -72,9 +85,7 @@ def open_webdataset(
         for kind, name in found.faults:
             raise PackError(f"{kind}: {name}")
         shards += found.shards
-    required = _split(fields)
-    optional = _split(optional_fields) if optional_fields else []
-    return open_pipeline(shards, required, optional, decode, shuffle_buffer, seed, handler, even)
+    return open_pipeline(shards, required, optional, decoders, shuffle_buffer, seed, handler, even)
 
 
 def count_samples(
@@ -111,3 +122,55 @@ def _split(fields: str | Iterable[str]) -> list[str]:
         if not field or field.split() != [field]:
             raise InputError(f'fields {named!r}: {field!r} is no field; write e.g. "jpg,txt"')
     return entries
+
+
+def _decoders(fields: Sequence[str], decode: object) -> dict[str, Callable[[bytes], Any]]:
+    """Return what decodes each of these fields; those that stay bytes are left out."""
+    fields = [field for field in fields if not field.startswith("__")]
+    ways: dict[str, Any] = dict.fromkeys(fields, decode)
+    if isinstance(decode, Mapping):
+        ways = dict.fromkeys(fields, DEFAULT)
+        ways |= {field: way for name, way in decode.items() for field in name.lower().split(";")}
+        for field in ways.keys() - set(fields):
+            raise InputError(f"decode names {field!r}, a field that is not asked for; see fields=")
+    return {
+        field: way if callable(way) and isinstance(decode, Mapping) else _spelled(field, way)
+        for field, way in ways.items()
+        if way is not None
+    }
+
+
+def _spelled(field: str, way: object) -> Callable[[bytes], Any]:
+    """Return what decodes a field as webdataset does by this spelling.
+
+    Raises:
+        InputError: there is no such spelling, or it would run what is in the field.
+    """
+    from webdataset.autodecode import Decoder, imagehandler, imagespecs
+
+    if not isinstance(way, str) or way not in imagespecs:
+        known = ", ".join(sorted(imagespecs))
+        raise InputError(
+            f"decode {way!r}: choose None, or one of {known}; or, for each field, one of these or "
+            'a function of its bytes: decode={"jpg": "torchrgb", "depth.png": read_depth}'
+        )
+    if field.removesuffix(".gz").rpartition(".")[2] in PICKLES:
+        raise InputError(
+            f"field {field!r} is a pickle: to load it runs whatever its maker wrote there. To have "
+            f"its bytes: decode={{{field!r}: None}}; if you trust its makers, a function of these: "
+            f"decode={{{field!r}: pickle.loads}}"
+        )
+    if way.startswith("torch"):
+        try:
+            importlib.import_module("torch")  # where it is missing, say so now
+        except ModuleNotFoundError as error:
+            raise InputError(f"decode {way!r}: {error}; run: pip install torch") from None
+    return functools.partial(Decoder([_refuse_postscript, imagehandler(way)]).decode1, field)
+
+
+def _refuse_postscript(name: str, data: bytes) -> None:
+    """Refuse an image that is a program; whatever its name, Pillow goes by what is in it."""
+    from webdataset.autodecode import IMAGE_EXTENSIONS
+
+    if data.startswith(POSTSCRIPT) and name.rpartition(".")[2] in IMAGE_EXTENSIONS:
+        raise ValueError("it is PostScript, a program; decode it with a function of your own")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import importlib.util
 import io
 import itertools
@@ -14,11 +16,14 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import webdataset as wds
 from conftest import write_pairs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from webdataset import autodecode
 
 from create_webdataset import create_webdataset
 from read_webdataset import count_samples, open_webdataset
@@ -201,8 +206,9 @@ def test_spellings_of_decode(decode: object, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("torch")), reason="torch is here")
 def test_torch_is_missed_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ModuleNotFoundError, match="torch"):
-        open_webdataset(tmp_path, decode="torchrgb")
+    for decode in ("torchrgb", {"jpg": "torchl8"}):
+        with pytest.raises(InputError, match=r"No module named 'torch'; run: pip install torch"):
+            open_webdataset(tmp_path, decode=decode)
 
 
 def test_training_pipeline_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +253,118 @@ def test_only_what_is_asked_for_is_decoded(tmp_path: Path) -> None:
     assert list(open_webdataset(tmp_path / "o", "cls")) == [(7,)]
     with pytest.raises(PackError, match=r"shard-000000.tar': sample 'a' has no field 'json'"):
         list(open_webdataset(tmp_path / "o", "cls,json"))
+
+
+class Bomb:
+    """What makes whoever unpickles it write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_code_of_a_shard_is_run(tmp_path: Path, monkeypatch, capfd) -> None:
+    """Of no field that webdataset decodes, nor by --decode; PostScript is a program, too."""
+    mark, source, shards = tmp_path / "mark", tmp_path / "source", tmp_path / "o"
+    source.mkdir()
+    array = io.BytesIO()
+    np.save(array, np.array([Bomb(mark)], dtype=object), allow_pickle=True)
+    contents = dict.fromkeys(autodecode.decoders, pickle.dumps(Bomb(mark)))
+    contents |= {"x.npy": array.getvalue(), "pyd.gz": gzip.compress(contents["pyd"])}
+    contents |= dict.fromkeys(("jpg", "eps", "depth.png"), b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    contents["jpg"] += b"%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    contents["tif.gz"] = gzip.compress(contents["jpg"])
+    for field, data in contents.items():
+        (source / f"a.{field}").write_bytes(data)
+    create_webdataset(source, shards, 0, 1, list(contents))
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\nmkdir {mark}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ghostscript.parent}:{os.environ['PATH']}")
+    for field in contents:
+        with contextlib.suppress(InputError, PackError):
+            list(open_webdataset(shards, field))
+        assert not mark.exists(), field
+    assert read(["--path", str(shards), "--decode", "--quiet"]) == 1
+    assert "pyd" in capfd.readouterr().out.partition("not decoded: ")[2]
+    assert not mark.exists()
+    with pytest.raises(PackError, match=r"sample 'a', field 'jpg' .* it is PostScript, a program"):
+        list(open_webdataset(shards, "jpg"))
+
+
+def test_pickles_are_loaded_on_demand_alone(tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "o"
+    source.mkdir()
+    stored = pickle.dumps({"caption": "é"})
+    for field, data in {"txt": b"x", "pyd": stored, "b.pyd.gz": gzip.compress(stored)}.items():
+        (source / f"a.{field}").write_bytes(data)
+    create_webdataset(source, output, 0, 1, "txt,pyd,b.pyd.gz")
+    for fields, options in {
+        "txt,pyd": {},
+        "txt;pyd": {"decode": {"txt": None}},
+        "PYD": {"decode": {"pyd": "torchrgb"}},
+        "pkl": {"decode": "rgb8"},
+        "x.pickle": {},
+        "b.pyd.gz": {},
+        "txt": {"optional_fields": "pth"},
+    }.items():
+        cure = r"field '.*' is a pickle: .* decode=\{'.*': None\}.* decode=\{'.*': pickle.loads\}"
+        with pytest.raises(InputError, match=cure):
+            open_webdataset(output, fields, **options)
+    assert list(open_webdataset(output, "pyd", decode=None)) == [(stored,)]
+    assert list(open_webdataset(output, "txt,pyd", decode={"pyd": None})) == [("x", stored)]
+    loaded = open_webdataset(output, "txt,pyd", decode={"pyd": pickle.loads})
+    assert list(loaded) == [("x", {"caption": "é"})]
+
+
+def read_depth(data: bytes) -> Any:
+    """Keep all 16 bits."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_each_field_is_decoded_in_its_own_way(tmp_path: Path) -> None:
+    """And every spelling makes 8-bit RGB of a depth map and of ids, as its docstring says."""
+    source, output = tmp_path / "source", tmp_path / "o"
+    source.mkdir()
+    depth = np.array([[0, 255, 256, 65_520]], dtype=np.uint16)
+    mask = Image.new("P", (4, 1), 3)
+    mask.putpalette([9 * number % 256 for number in range(768)])
+    Image.new("RGBA", (4, 1), (10, 20, 30, 40)).save(source / "a.png")
+    Image.fromarray(depth).save(source / "a.depth.png")
+    mask.save(source / "a.mask.png")
+    (source / "a.txt").write_text("é", encoding="utf-8")
+    fields = "png,depth.png,mask.png,txt"
+    create_webdataset(source, output, 0, 1, fields)
+    ways = {"PNG": "rgba8", "depth.png": read_depth, "mask.png": None}
+    dataset = pickle.loads(pickle.dumps(open_webdataset(output, fields, decode=ways)))
+    ((image, deep, ids, text),) = dataset
+    assert image.tolist() == [[[10, 20, 30, 40]] * 4] and text == "é"
+    assert deep.dtype == np.uint16 and (deep == depth).all()
+    assert ids == (source / "a.mask.png").read_bytes()
+    ((image, deep, ids, text),) = open_webdataset(output, fields, decode={"txt": bytes.upper})
+    assert image.getpixel((0, 0)) == (10, 20, 30) and text == b"\xc3\xa9"
+    assert [deep.getpixel((x, 0))[0] for x in range(4)] == [0, 255, 255, 255]
+    assert ids.getpixel((0, 0)) == tuple(9 * number % 256 for number in (9, 10, 11))
+    ((floats,),) = open_webdataset(output, "png", decode="l")
+    assert floats.shape == (1, 4) and 0 < floats.max() < 1
+    ((both,),) = open_webdataset(output, "jpg;png", decode={"jpg;png": "rgb8"})
+    assert both.shape == (1, 4, 3)
+
+
+def test_ways_to_decode_that_cannot_be(tmp_path: Path) -> None:
+    create_webdataset(write_pairs(tmp_path / "s", 1), tmp_path / "o", 0, 1)
+    for ways in ({"jpg": "RGB16"}, {"jpg": 7}, bytes):
+        with pytest.raises(InputError, match=r"choose None, or one of .*or a function of its"):
+            open_webdataset(tmp_path / "o", decode=ways)  # type: ignore[arg-type]
+    for ways in ({"jpeg": None}, {"__key__": str}):
+        with pytest.raises(InputError, match=r"decode names '.*', a field that is not asked for"):
+            open_webdataset(tmp_path / "o", "__key__,jpg", decode=ways)
+    failing = open_webdataset(tmp_path / "o", "txt", decode={"txt": {}.__getitem__})
+    with pytest.raises(PackError, match=r"sample 'sample-0', field 'txt' .*decoded: KeyError"):
+        list(failing)
 
 
 @pytest.mark.parametrize("fields", ["jpg, txt", "jpg,", [""], "jpg;,txt", "a b"])
