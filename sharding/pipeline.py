@@ -76,6 +76,7 @@ class TrainingDataset(wds.WebDataset):  # type: ignore[misc]
     """A `wds.WebDataset` whose position can be saved and loaded, as torchdata's loader does it."""
 
     position: Position
+    split_by_node: bool
 
     def __iter__(self) -> Iterator[Any]:
         """Begin an epoch; in a worker at once: its loader may save the state before a sample."""
@@ -120,6 +121,7 @@ class TrainingDataset(wds.WebDataset):  # type: ignore[misc]
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration be this epoch; for workers that are started anew for each."""
+        _refuse_prepared(self)
         self.load_state_dict({"epoch": epoch, "counts": self.position.counts})
 
 
@@ -132,13 +134,15 @@ def open_pipeline(
     seed: int,
     handler: Callable[[Exception], bool] | None,
     even: bool,
+    split_by_node: bool,
 ) -> TrainingDataset:
     """Return the pipeline; see `open_webdataset`."""
     position = Position()
     dataset = TrainingDataset(shards, shardshuffle=False, empty_check=False)
     dataset.position = position
+    dataset.split_by_node = split_by_node
     make_tuples = MakeTuples(position, required, optional, decoders, handler)
-    stages: list[Any] = [SplitShards(position, shuffle_buffer > 0, seed, even)]
+    stages: list[Any] = [SplitShards(position, shuffle_buffer > 0, seed, even, split_by_node)]
     stages.append(ReadShards(position, make_tuples.wanted))
     if shuffle_buffer > 0:
         stages.append(ShuffleSamples(position, shuffle_buffer, seed))
@@ -202,8 +206,11 @@ class SplitShards:
     over time; a worker that is started anew for each epoch begins at the first one again.
     """
 
-    def __init__(self, position: Position, shuffle: bool, seed: int, even: bool) -> None:
+    def __init__(
+        self, position: Position, shuffle: bool, seed: int, even: bool, split_by_node: bool
+    ) -> None:
         self.even = even
+        self.split_by_node = split_by_node
         self.position = position
         self.shuffle = shuffle
         self.seed = seed
@@ -219,7 +226,9 @@ class SplitShards:
         shards = list(urls)
         rank, world_size, worker, num_workers = pytorch_worker_info()
         worker = (worker + self.position.shift) % num_workers
-        if world_size == 1:
+        if not self.split_by_node:
+            rank, world_size = 0, 1
+        elif world_size == 1:
             rank, world_size = self.node
         readers, reader = world_size * num_workers, rank * num_workers + worker
         if self.even and len(shards) < world_size:
@@ -316,3 +325,21 @@ class MakeTuples:
 
 def _name(sample: Mapping[str, Any]) -> str:
     return f"{sample['__url__']!r}: sample {sample['__key__']!r}"
+
+
+def _refuse_prepared(dataset: TrainingDataset) -> None:
+    """Refuse a loader that deals out to ranks what has been dealt out to them already.
+
+    accelerate, which makes such loaders, sets their epoch when they begin one, and then tells
+    which of them that is.
+    """
+    accelerate = sys.modules.get("accelerate.state")
+    loader = accelerate and accelerate.GradientState().active_dataloader
+    outer = getattr(loader, "dataset", None)
+    prepared = dataset is outer or dataset is getattr(outer, "dataset", None)
+    if prepared and dataset.split_by_node and pytorch_worker_info()[1] > 1:
+        raise InputError(
+            "accelerate deals the samples of a loader that it has prepared to all processes, but "
+            "each reads shards of its own, so samples would be lost. Do not prepare the loader; or "
+            "let each read all of them: open_webdataset(..., split_by_node=False)"
+        )

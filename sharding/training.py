@@ -37,6 +37,7 @@ def open_webdataset(
     seed: int = 0,
     handler: Callable[[Exception], bool] | None = None,
     even: bool = True,
+    split_by_node: bool = True,
 ) -> TrainingDataset:
     """Return a training pipeline over a dataset, for a DataLoader or wds.WebLoader.
 
@@ -68,6 +69,9 @@ def open_webdataset(
             `wds.warn_and_continue`; by default, it is a `PackError` that names it.
         even: refuse fewer shards than ranks, as training in step needs. For an evaluation, False:
             each sample is read once, though ranks and workers may get different numbers, or none.
+        split_by_node: give each rank shards of its own. False lets each read all of them, for
+            loaders that deal samples to ranks themselves, as `accelerator.prepare(loader)` and the
+            Trainer of transformers make them.
 
     Raises:
         InputError: there are no shards, or there is no such way to decode.
@@ -85,7 +89,9 @@ def open_webdataset(
         for kind, name in found.faults:
             raise PackError(f"{kind}: {name}")
         shards += found.shards
-    return open_pipeline(shards, required, optional, decoders, shuffle_buffer, seed, handler, even)
+    return open_pipeline(
+        shards, required, optional, decoders, shuffle_buffer, seed, handler, even, split_by_node
+    )
 
 
 def count_samples(
