@@ -505,6 +505,20 @@ def test_an_evaluation_on_more_ranks_than_shards(tmp_path: Path, monkeypatch) ->
     assert sorted(found) == sorted(path.stem for path in source.glob("*.jpg"))
 
 
+def test_ranks_that_are_left_to_the_loader(tmp_path: Path, monkeypatch) -> None:
+    """Each reads all, in the same order, for a loader that deals samples to ranks."""
+    source, output = write_pairs(tmp_path / "source", 12), tmp_path / "o"
+    create_webdataset(source, output, 0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        dataset = open_webdataset(output, "__key__", decode=None, split_by_node=False)
+        found.append([list(pickle.loads(pickle.dumps(dataset))) for _ in range(2)])
+    assert found[0] == found[1]
+    assert sorted(found[0][0]) == sorted((path.stem,) for path in source.glob("*.jpg"))
+
+
 def test_a_pipeline_takes_its_rank_along(tmp_path: Path, monkeypatch) -> None:
     """A worker that is spawned gets the pipeline by pickle, and has no process group."""
     source, output = write_pairs(tmp_path / "source", 12), tmp_path / "o"

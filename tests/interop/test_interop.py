@@ -196,6 +196,23 @@ def test_datasets_needs_utf8(load: Callable, binary: Packed) -> None:
         load(binary)
 
 
+def test_datasets_drops_fields_that_come_late(load: Callable, tmp_path: Path) -> None:
+    """It takes the fields of the first five samples for those of all, and these must agree."""
+    for having in (5, 4):
+        folder = tmp_path / str(having)
+        (folder / "source").mkdir(parents=True)
+        for number in range(6):
+            (folder / "source" / f"{number}.txt").write_text("text")
+        (folder / "source" / f"{having}.json").write_text("{}")
+        create_webdataset(folder / "source", folder / "o", 0, 1, "txt", optional_fields="json")
+        packed = Packed([str(folder / "o" / shard_name(0))], {})
+        if having == 5:
+            assert [set(row) for row in load(packed)] == [{"__key__", "__url__", "txt"}] * 6
+        else:
+            with pytest.raises(ValueError, match="don't share the same prefix or the same types"):
+                load(packed)
+
+
 def test_datasets_prefers_local_images(load: Callable, tmp_path: Path, monkeypatch: Any) -> None:
     """It tries `<key>.jpg` as a path first, so whoever runs it in the source reads the source."""
     packed = pack(tmp_path, {"a": {"jpg": jpeg(8), "txt": b""}})

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset as wds
-from conftest import ROOT, run_script
+from conftest import ROOT, jpeg, run_script
 from PIL import Image
 
 from create_webdataset import create_webdataset
@@ -254,6 +254,8 @@ def test_the_loop_of_the_readme(ranks: int, tmp_path: Path) -> None:
     (loop,) = re.findall(r"```python\n(import os\nimport torch .*?)```", readme, re.DOTALL)
     made = run_script("make_dummy_data.sh", "500", tmp_path / "source")
     assert made.returncode == 0, made.stderr
+    for number in range(0, 500, 9):
+        (tmp_path / "source" / f"sample-{number}.jpg").write_bytes(jpeg(9 + number, 70))
     pack(tmp_path / "source", tmp_path / "webdataset_output", SHARDS)
     kill = 'if step == int(os.environ.get("KILL", 0)):\n                os.kill(os.getpid(), 9)'
     save = "if step % 100 == 0:"
@@ -289,7 +291,9 @@ def test_the_loop_of_the_readme(ranks: int, tmp_path: Path) -> None:
     assert ended == [epoch, steps] == [3, steps], kills
     for name, weights in trained.items():
         assert torch.equal(weights, again[name]), (kills, name)
-    assert train(loop) == [], "there is nothing left to do"
+    done = start(loop, 0)
+    assert "loss" not in done.stdout, "there is nothing left to do"
+    assert f"train.pt: 3 of 3 epochs and {steps} steps are done" in done.stdout
 
     state.unlink()
     train(often, 5)
