@@ -1,99 +1,88 @@
-"""The stages of a training pipeline: split the shards, read, shuffle, make tuples, take up again.
+"""The stages of a training pipeline: deal the shards, read, shuffle, make tuples.
 
-Input: paths of shards. Output: a `wds.WebDataset` that yields tuples. Its stages share one
-position, from which a stopped training goes on exactly where it was.
+Input: paths of shards, and the start of each epoch from epochs.py. Output: a `wds.WebDataset` that
+yields tuples, and goes on exactly where a stopped training was.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import sys
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import webdataset as wds
+from webdataset import filters
 from webdataset.utils import pytorch_worker_info
 
+from sharding.batch import in_order
+from sharding.epochs import ANEW, Position, Reader, Saved, Start, worker_info
 from sharding.errors import InputError, PackError, count
 from sharding.places import dataset_at
-from sharding.reading import Later, read_samples
+from sharding.reading import Later, count_shard, read_samples
 
-ANEW = "else begin the epoch anew: call set_epoch in place of load_state_dict"
+COUNT_THREADS = 4  # of each worker; each holds some 17 MB of a bucket's shard
 
-
-class Position:
-    """Where a pipeline is in its epochs; its stages share it."""
-
-    def __init__(self) -> None:
-        self.epoch = -1
-        self.seen = 0  # samples of this epoch, in this reader
-        self.to_skip = 0  # so many of them were seen before the training was stopped
-        self.fixed = False  # the next epoch is `epoch` itself, and not the one behind it
-        self.batches: tuple[int, int] | None = None  # number and size, of all workers together
-        self.readers: list[int] | None = None  # ranks and workers that the state is of
-        self.counts: dict[str, list[int]] = {}  # path of a shard -> its samples and bytes
-        # Of the workers: a loader asks its first one first, whose turn it may not be.
-        self.shift = 0
-        self.begun = False  # before its first sample was asked for
-
-    def begin(self) -> None:
-        """Begin an epoch."""
-        _, ranks, worker, workers = pytorch_worker_info()
-        if self.readers not in (None, [ranks, workers]):
-            was = "{} ranks with {} workers".format(*self.readers or ())
-            raise PackError(f"the state is of {was} each, not of {ranks} with {workers}; {ANEW}")
-        if not self.fixed:
-            self.epoch += 1
-            self.seen = 0
-        self.shift = 0
-        if self.batches:
-            number, size = self.batches
-            self.shift = number % workers
-            self.seen = len(range((worker + self.shift) % workers, number, workers)) * size
-        self.readers, self.batches, self.fixed = [ranks, workers], None, False
-        self.to_skip = self.seen
-
-    def finish(self) -> None:
-        """End an epoch that was read to its end.
-
-        In a worker of a loader the position stays: its loader may wait for other workers to end
-        this epoch, and whoever takes up such a state must get no more samples of it.
-        """
-        if not _in_worker():
-            self.epoch += 1
-            self.seen = 0
-            self.fixed = True
-
-
-def _in_worker() -> bool:
-    torch = sys.modules.get("torch")
-    return bool(torch and torch.utils.data.get_worker_info())
+# Stages of webdataset that take one sample, and give it or drop it, before they take the next.
+# (Of batched, that is true of the one here.)
+PROMPT = {"associate", "batched", "decode", "extract_keys", "info", "log_keys", "map", "map_dict"}
+PROMPT |= {"map_tuple", "rename", "rename_keys", "select", "to_tuple", "xdecode"}
+CURES = {
+    "shuffle": "shuffle by shuffle_buffer=",
+    "detshuffle": "shuffle by shuffle_buffer=",
+    "with_epoch": "give the length to the loader: wds.WebLoader(...).with_epoch(n)",
+}
+OTHER_CURE = "batch in the loader, or in .batched(); do the rest by .map()"
 
 
 class TrainingDataset(wds.WebDataset):  # type: ignore[misc]
-    """A `wds.WebDataset` whose position can be saved and loaded, as torchdata's loader does it."""
+    """A `wds.WebDataset` whose position can be saved and loaded, as torchdata's loader does it.
+
+    For one loader at a time: two count their epochs together, and it is chance which is first.
+    """
 
     position: Position
     split_by_node: bool
 
-    def __iter__(self) -> Iterator[Any]:
-        """Begin an epoch; in a worker at once: its loader may save the state before a sample."""
-        if _in_worker():
-            self.position.begin()
-            self.position.begun = True
-        return iter(super().__iter__())
+    def iterator(self) -> Iterator[Any]:
+        """Read one epoch, or as many as `repeat` says.
+
+        In a worker the first one begins at once: its loader may save the state before a sample.
+        """
+        return self._read(self.pipeline[0].begin() if worker_info() else None)
+
+    def _read(self, start: Start | None) -> Iterator[Any]:
+        for _ in range(self.repetitions):
+            start = start or self.pipeline[0].begin()
+            samples = self.pipeline[0](start)
+            for stage in self.pipeline[1:]:
+                samples = self.invoke(stage, samples)
+            empty = True
+            for sample in samples:
+                empty = False
+                yield sample
+            self.position.over = True
+            if empty and not start.skip:
+                break  # there are none, and never will be
+            start = None
+
+    def invoke(self, stage: Any, *args: Any) -> Any:
+        """Put a stage behind others; let webdataset's batches take no sample of the next one."""
+        if _kind(stage) == (True, "batched"):
+            return _batched(*args, *stage.args, **stage.kw)
+        return super().invoke(stage, *args)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of this reader, as plain JSON."""
-        position = self.position
-        return {
-            "epoch": position.epoch,
-            "seen": position.seen,
-            "readers": position.readers,
-            "counts": position.counts,
-        }
+        state = self.position.state()
+        inexact = self._inexact_stage()
+        if inexact and state.get("seen") and not state.get("over"):
+            return {**state, "inexact": inexact}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a position: what `state_dict` gave, or what a loop of one's own counted.
@@ -104,25 +93,58 @@ class TrainingDataset(wds.WebDataset):  # type: ignore[misc]
                 which none had come to its end.
 
         Raises:
-            InputError: it is no such state.
+            InputError: it is no such state, or a stage behind the dataset's own makes it inexact.
         """
-        position = self.position
-        try:
-            position.epoch = max(0, int(state["epoch"]))
-            position.seen = int(state.get("seen", 0))
-            position.batches = None
-            if "batches" in state:
-                position.batches = int(state["batches"]), int(state["batch_size"])
-            position.readers = state.get("readers")
-            position.counts = dict(state.get("counts", {}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"this is no state of a dataset: {error!r}") from None
-        position.fixed = True
+        saved = Saved.parse(state)
+        inexact = saved.state.get("inexact")
+        if saved.batches and saved.batches[0]:
+            inexact = self._inexact_stage(counted=True)
+        if inexact:
+            raise InputError(
+                f"the training cannot go on exactly: .{inexact}() holds samples back, repeats or "
+                f"drops some; {CURES.get(inexact, OTHER_CURE)}; {ANEW}"
+            )
+        self.position.saved = saved
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be this epoch; for workers that are started anew for each."""
+        """Let the next iteration be this epoch; those that follow count on by themselves.
+
+        All ranks must begin the same epochs. If one of them alone has looked at a batch, call this
+        in each. (Workers that are persistent have begun their count when they were started.)
+        """
         _refuse_prepared(self)
-        self.load_state_dict({"epoch": epoch, "counts": self.position.counts})
+        self.load_state_dict({"epoch": epoch})
+
+    def _inexact_stage(self, counted: bool = False) -> str | None:
+        """Return the name of a stage behind which the number of samples does not tell which."""
+        if self.repetitions != 1 and (self.repetitions < sys.maxsize or self.nsamples > 0):
+            return "with_epoch" if self.nsamples > 0 else "repeat"
+        for stage in self.pipeline[1:]:
+            own, kind = _kind(stage)
+            if not own or kind not in PROMPT or (counted and kind == "select"):
+                return kind
+        return None
+
+
+def _kind(stage: Any) -> tuple[bool, str]:
+    """Return whether a stage is one of webdataset's filters, and its name."""
+    curried = isinstance(stage, filters.FilterFunction)
+    function = stage.f if curried else stage
+    name = str(getattr(function, "__name__", type(function).__name__)).lstrip("_")
+    return curried and getattr(function, "__module__", "") == filters.__name__, name
+
+
+def _batched(
+    samples: Iterable[Any],
+    batchsize: int = 20,
+    collation_fn: Callable[[list[Any]], Any] | None = filters.default_collation_fn,
+    partial: bool = True,
+) -> Iterator[Any]:
+    """Yield the batches of webdataset, which for each one reads a sample of the next."""
+    samples = iter(samples)
+    while batch := list(itertools.islice(samples, batchsize)):
+        if len(batch) == batchsize or partial:
+            yield batch if collation_fn is None else collation_fn(batch)
 
 
 def open_pipeline(
@@ -142,106 +164,112 @@ def open_pipeline(
     dataset.position = position
     dataset.split_by_node = split_by_node
     make_tuples = MakeTuples(position, required, optional, decoders, handler)
-    stages: list[Any] = [SplitShards(position, shuffle_buffer > 0, seed, even, split_by_node)]
-    stages.append(ReadShards(position, make_tuples.wanted))
-    if shuffle_buffer > 0:
-        stages.append(ShuffleSamples(position, shuffle_buffer, seed))
-    stages.append(make_tuples)
-    dataset.pipeline = [dataset.pipeline[0], *stages]  # in place of how webdataset reads
+    dataset.pipeline = [
+        ReadEpoch(position, shards, shuffle_buffer, seed, even, split_by_node, make_tuples)
+    ]
     return dataset
 
 
-# ---------------------------------------------------------------- reading
+class ReadEpoch:
+    """The first stage: deals the shards, reads, shuffles and makes tuples.
 
+    Every epoch has another order, the same in every rank, so that each worker meets all shards
+    over time.
+    """
 
-class ReadShards:
-    """A stage that reads shards; it takes the place of webdataset's own."""
-
-    def __init__(self, position: Position, wanted: Container[str]) -> None:
+    def __init__(
+        self,
+        position: Position,
+        shards: Sequence[str],
+        shuffle_buffer: int,
+        seed: int,
+        even: bool,
+        split_by_node: bool,
+        make_tuples: MakeTuples,
+    ) -> None:
         self.position = position
-        self.wanted = wanted
+        self.shards = shards
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.even = even
+        self.split_by_node = split_by_node
+        self.make_tuples = make_tuples
+        self.node = 0, 1  # rank and world size
 
-    def __call__(self, urls: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def __getstate__(self) -> dict[str, Any]:
+        """Take the rank along to workers that are spawned: they have no process group."""
+        return {**self.__dict__, "node": self.reader()[:2]}
+
+    def reader(self) -> Reader:
+        """Return which reader this is."""
+        reader = Reader(*pytorch_worker_info())
+        if not self.split_by_node:
+            return Reader(0, 1, *reader[2:])
+        return reader if reader.ranks > 1 else Reader(*self.node, *reader[2:])
+
+    def begin(self) -> Start:
+        """Begin an epoch."""
+        return self.position.begin(self.reader())
+
+    def __call__(self, start: Start | None = None) -> Iterator[tuple[Any, ...]]:
+        """Yield the tuples of an epoch."""
+        start = start or self.begin()
+        if start.over:
+            return iter(())
+        samples = self.read_shards(self.deal(start), start)
+        if self.shuffle_buffer > 0:
+            # Anew from seed and epoch, wherever the last one was cut. It wants the one before.
+            shuffle = wds.detshuffle(self.shuffle_buffer, seed=self.seed, epoch=start.epoch - 1)
+            samples = shuffle.run(samples)
+        return self.make_tuples(samples)
+
+    def deal(self, start: Start) -> list[str]:
+        """Return the shards of this rank and worker, in the order of the epoch."""
+        rank, ranks, worker, workers = self.reader()
+        shards = list(self.shards)
+        readers, reader = ranks * workers, rank * workers + (worker + start.shift) % workers
+        if self.even and len(shards) < ranks:
+            raise PackError(f"{len(shards)} shards for {ranks} ranks: pack at least as many")
+        if self.even and len(shards) < readers and reader == 0 and start.epoch == 0:
+            warnings.warn(
+                f"{len(shards)} shards for {readers} readers (ranks: {ranks}, "
+                f"workers of each: {workers}): some get no samples; pack more shards",
+                stacklevel=2,
+            )
+        if self.shuffle_buffer > 0:
+            random.Random(f"{self.seed} {start.epoch}").shuffle(shards)
+        return shards[reader::readers]
+
+    def read_shards(self, shards: Sequence[str], start: Start) -> Iterator[dict[str, Any]]:
         """Yield the samples of shards; those of shards that were seen whole as mere places."""
         position = self.position
-        for url in urls:
-            path = url["url"]
-            size = dataset_at(path).shard_size(path)
-            number, known_size = position.counts.get(path, (0, size))
-            if known_size != size:
-                raise PackError(f"{path!r} is another shard than when the state was saved; {ANEW}")
-            if number and position.to_skip > 0:
+        counts = _count_seen(shards, start) if start.skip else []
+        for path, number in itertools.zip_longest(shards, counts):
+            position.open_shard(dataset_at(path).shard_size(path))
+            if number is None:
+                yield from read_samples(path, self.make_tuples.wanted, position.skipping)
+            else:
                 yield from ({"__url__": path, "__place__": place} for place in range(number))
-                continue
-            number = 0
-            for sample in read_samples(path, self.wanted, lambda: position.to_skip > 0):
-                number += 1
-                yield sample
-            position.counts[path] = [number, size]
+
+
+def _count_seen(shards: Sequence[str], start: Start) -> list[int]:
+    """Return the number of samples in each of the shards that were seen whole, side by side."""
+    if start.shards:
+        shards = shards[: max(0, start.shards[0] - 1)]  # the last one was not read to its end
+    counts: list[int] = []
+    left = start.skip
+    with ThreadPoolExecutor(COUNT_THREADS) as pool:
+        for number in in_order(pool, count_shard, shards, COUNT_THREADS):
+            left -= number
+            if left < 0:
+                break
+            counts.append(number)
+    return counts
 
 
 @functools.lru_cache(maxsize=2)
 def _scan_shard(path: str, wanted: Container[str]) -> list[dict[str, Any]]:
     return list(read_samples(path, wanted, lambda: True))
-
-
-class ShuffleSamples:
-    """A stage that shuffles samples anew from seed and epoch, wherever the last epoch was cut."""
-
-    def __init__(self, position: Position, size: int, seed: int) -> None:
-        self.position = position
-        self.size = size
-        self.seed = seed
-
-    def __call__(self, samples: Iterator[Any]) -> Iterator[Any]:
-        """Yield the samples in the order of this epoch."""
-        epoch = self.position.epoch  # of which detshuffle wants the one before
-        yield from wds.detshuffle(self.size, seed=self.seed, epoch=epoch - 1).run(samples)
-
-
-class SplitShards:
-    """A stage of a pipeline that shuffles the shards and deals them to all ranks and workers.
-
-    Every epoch has another order, the same in every rank, so that each worker meets all shards
-    over time; a worker that is started anew for each epoch begins at the first one again.
-    """
-
-    def __init__(
-        self, position: Position, shuffle: bool, seed: int, even: bool, split_by_node: bool
-    ) -> None:
-        self.even = even
-        self.split_by_node = split_by_node
-        self.position = position
-        self.shuffle = shuffle
-        self.seed = seed
-        self.node = 0, 1  # rank and world size
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Take the rank along to workers that are spawned: they have no process group."""
-        return {**self.__dict__, "node": pytorch_worker_info()[:2]}
-
-    def __call__(self, urls: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield the shards of this rank and worker."""
-        epoch = self.position.epoch
-        shards = list(urls)
-        rank, world_size, worker, num_workers = pytorch_worker_info()
-        worker = (worker + self.position.shift) % num_workers
-        if not self.split_by_node:
-            rank, world_size = 0, 1
-        elif world_size == 1:
-            rank, world_size = self.node
-        readers, reader = world_size * num_workers, rank * num_workers + worker
-        if self.even and len(shards) < world_size:
-            raise PackError(f"{len(shards)} shards for {world_size} ranks: pack at least as many")
-        if self.even and len(shards) < readers and reader == 0 and epoch == 0:
-            warnings.warn(
-                f"{len(shards)} shards for {readers} readers (ranks: {world_size}, "
-                f"workers of each: {num_workers}): some get no samples; pack more shards",
-                stacklevel=2,
-            )
-        if self.shuffle:
-            random.Random(f"{self.seed} {epoch}").shuffle(shards)
-        yield from shards[reader::readers]
 
 
 class MakeTuples:
@@ -268,14 +296,11 @@ class MakeTuples:
     def __call__(self, samples: Iterable[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
         """Yield tuples."""
         position, skipped = self.position, 0
-        if not position.begun:
-            position.begin()
-        position.begun = False
         for sample in samples:
-            if position.to_skip > 0:
-                position.to_skip -= 1
-                continue
+            passed_over = position.skipping()
             position.seen += 1
+            if passed_over:
+                continue
             try:
                 values = self.make_tuple(sample)
             except PackError as error:
@@ -286,7 +311,6 @@ class MakeTuples:
                 skipped += 1
             else:
                 yield values
-        position.finish()
         if skipped:
             warnings.warn(f"{count(skipped, 'sample')} skipped in this epoch", stacklevel=2)
 

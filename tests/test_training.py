@@ -194,7 +194,7 @@ def test_errors_name_the_sample(tmp_path: Path) -> None:
     stopped = open_webdataset(output, "txt", handler=wds.warn_and_stop, **options)
     with pytest.warns(UserWarning):
         assert list(stopped) == [("good",)]
-    said = [str(warning.message) for warning in warned]
+    said = [str(warning.message) for warning in warned if warning.category is UserWarning]
     assert "sample 'b', field 'txt'" in said[0] and said[-1] == "1 sample skipped in this epoch"
 
 
@@ -399,7 +399,7 @@ def test_a_stopped_epoch_is_taken_up_exactly(tmp_path: Path, shuffle_buffer, sha
             if place:  # else between two epochs, or before the first sample
                 list(itertools.islice(dataset, place))
             state = json.loads(json.dumps(dataset.state_dict()))
-            assert len(json.dumps(state)) < 1_500
+            assert len(json.dumps(state)) < 200
             again = open_it()
             again.load_state_dict(state)
             assert list(again) == epochs[epoch][place:], (place, epoch)
@@ -452,11 +452,13 @@ def test_states_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(PackError, match="the state is of 1 ranks with 1 workers each, not of 2"):
         list(other)
     monkeypatch.undo()
+    dataset = open_webdataset(output, decode=None)
+    list(itertools.islice(dataset, 5))
     other = open_webdataset(output, decode=None)
-    other.load_state_dict({**state, "epoch": 0, "seen": 5})
+    other.load_state_dict(dataset.state_dict())
     (source / "sample-0.jpg").write_bytes(bytes(50_000))
     create_webdataset(source, output, 0, 4)
-    with pytest.raises(PackError, match="is another shard than when the state was saved"):
+    with pytest.raises(PackError, match="the shards are others than when the state was saved"):
         list(other)
 
 
@@ -530,7 +532,6 @@ def test_a_pipeline_takes_its_rank_along(tmp_path: Path, monkeypatch) -> None:
     expected, pickled = list(dataset), pickle.dumps(dataset)
     monkeypatch.undo()
     again = pickle.loads(pickled)
-    again.position.readers = None  # which count the ranks
     again.set_epoch(0)
     assert list(again) == expected and len(expected) == 6
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.random  # else every forked worker imports it, in the midst of which 3.11 may collect
 import pytest
 import webdataset as wds
 from conftest import ROOT, jpeg, run_script
@@ -22,6 +26,7 @@ from PIL import Image
 
 from create_webdataset import create_webdataset
 from read_webdataset import open_webdataset
+from sharding.errors import InputError, PackError
 
 torch = pytest.importorskip("torch", reason="see `make interop`")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -76,10 +81,64 @@ def test_spawned_workers(packed: Path) -> None:
     assert read_epochs(spawned) == read_epochs(open_loader(packed, 2))
 
 
-def test_workers_that_are_not_persistent_repeat_the_order(packed: Path) -> None:
-    first, second = read_epochs(open_loader(packed, 2, persistent_workers=False))
-    assert first == second
-    assert sorted(first) == KEYS
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_workers_that_are_started_anew(packed: Path, start: str) -> None:
+    anew = open_loader(packed, 2, persistent_workers=False, multiprocessing_context=start)
+    assert read_epochs(anew) == read_epochs(open_loader(packed, 2))
+
+
+def test_epochs_of_workers_that_are_started_anew(packed: Path) -> None:
+    """Each has the order that persistent workers give it, whatever was begun before."""
+    expected = read_epochs(open_loader(packed, 2), 4)
+    dataset = open_webdataset(packed, "__key__", decode=None)
+    next(iter(dataset))  # a look in the main process counts no epoch of the workers
+    loader = torch.utils.data.DataLoader(dataset, 4, num_workers=2)
+    assert read_epochs(loader, 2) == expected[:2]
+    next(iter(loader))  # cut at once
+    assert read_epochs(loader, 1) == expected[3:]
+    dataset.set_epoch(1)
+    assert read_epochs(loader, 2) == expected[1:3]
+
+
+def test_workers_of_equal_seeds(packed: Path) -> None:
+    """A program that seeds torch before each epoch, or each loader, still gets new orders."""
+    dataset = open_webdataset(packed, "__key__", decode=None)
+    epochs = []
+    for num_workers in (2, 2, 3, 2):
+        torch.manual_seed(0)
+        loader = torch.utils.data.DataLoader(dataset, 4, num_workers=num_workers)
+        epochs += read_epochs(loader, 1)
+    assert [sorted(epoch) for epoch in epochs] == [KEYS] * 4
+    assert len(set(map(tuple, epochs))) == 4
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_copy_counts_for_itself(packed: Path, copied: Any) -> None:
+    dataset = open_webdataset(packed, "__key__", decode=None)
+    expected = read_epochs(torch.utils.data.DataLoader(dataset, 4, num_workers=2), 2)
+    loader = torch.utils.data.DataLoader(copied(dataset), 4, num_workers=2)
+    assert read_epochs(loader, 2) == expected
+
+
+def test_a_look_does_not_move_what_was_loaded(packed: Path) -> None:
+    """A loaded state is taken once by the workers; a look at it in the main process is no use."""
+    epochs = read_epochs(open_loader(packed, 2), 4)
+    dataset = open_webdataset(packed, "__key__", decode=None)
+    dataset.load_state_dict({"epoch": 1, "batches": 6, "batch_size": 4})
+    next(iter(dataset))
+    loader = torch.utils.data.DataLoader(dataset, 4, num_workers=2)
+    assert read_epochs(loader, 3) == [epochs[1][24:], *epochs[2:]]
+
+
+def test_readers_that_do_not_fit_are_refused_each_time(packed: Path) -> None:
+    dataset = open_webdataset(packed, "__key__", decode=None)
+    dataset.load_state_dict({"epoch": 1, "seen": 3, "readers": [1, 3]})
+    loader = torch.utils.data.DataLoader(dataset, 4, num_workers=2)
+    for _ in range(2):
+        with pytest.raises(PackError, match="of 1 ranks with 3 workers each, not of 1 with 2"):
+            list(loader)
+    dataset.set_epoch(1)
+    assert sorted(read_epochs(loader, 1)[0]) == KEYS
 
 
 def test_an_epoch_is_the_same_wherever_the_last_was_cut(packed: Path) -> None:
@@ -103,13 +162,15 @@ def test_fewer_shards_than_workers(source: Path, tmp_path: Path, capfd: Any) -> 
     )
 
 
-def run_rank(rank: int, path: Path, folder: Path, start: str) -> None:
+def run_rank(rank: int, path: Path, folder: Path, start: str, opened: Any) -> None:
     """Be one of two ranks: read two epochs as they are, then in step with the other rank."""
     torch.distributed.init_process_group(
         "gloo", f"file://{folder}/store", timedelta(seconds=60), world_size=2, rank=rank
     )
     loader = open_loader(path, 2, multiprocessing_context=start)
     epochs = read_epochs(loader)
+    anew = torch.utils.data.DataLoader(opened, 4, num_workers=2, multiprocessing_context=start)
+    epochs += read_epochs(anew)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
     steps = []
     for length in (11, 16):
@@ -126,8 +187,10 @@ def run_rank(rank: int, path: Path, folder: Path, start: str) -> None:
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_two_ranks(packed: Path, tmp_path: Path, start: str) -> None:
     """They share each epoch out; given a length, both do as many batches, of the 11 to 16 in it."""
-    arguments = (packed, tmp_path, start)
-    ranks = torch.multiprocessing.start_processes(run_rank, arguments, 2, join=False)
+    opened = open_webdataset(packed, "__key__", decode=None)  # which the ranks inherit
+    arguments = (packed, tmp_path, start, opened)
+    begin = {"join": False, "start_method": start}
+    ranks = torch.multiprocessing.start_processes(run_rank, arguments, 2, **begin)
     deadline = time.monotonic() + 120
     try:
         while not ranks.join(timeout=5):
@@ -136,7 +199,8 @@ def test_two_ranks(packed: Path, tmp_path: Path, start: str) -> None:
         for process in ranks.processes:
             process.kill()
     (first, steps), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert [sorted(a + b) for a, b in zip(first, second, strict=True)] == [KEYS] * 2
+    assert [sorted(a + b) for a, b in zip(first, second, strict=True)] == [KEYS] * 4
+    assert first[2] != first[3]
     assert set(first[0]) != set(first[1]), "a rank meets all shards over time"
     assert steps == others == [11, 11, 16, 16]
 
@@ -175,6 +239,63 @@ def test_a_stopped_training_is_taken_up_exactly(packed, num_workers: int, persis
                 assert rest == epochs[epoch + 1], (epoch, place)
             else:
                 assert (rest, after) == (epochs[epoch][len(seen) :], epochs[epoch + 1]), place
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_of_webdataset_are_taken_up_exactly(packed: Path, num_workers: int) -> None:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def open_it(size: int = 4) -> Any:
+        dataset = open_webdataset(packed, "__key__", decode=None, shuffle_buffer=10).batched(size)
+        return StatefulDataLoader(dataset, None, num_workers=num_workers)
+
+    unbroken = read_epochs(open_it(), 2)
+    for place in (0, 1, 9, len(list(open_it()))):
+        loader = open_it()
+        batches = iter(loader)
+        seen = [key for _ in range(place) for key in next(batches)[0]]
+        again = open_it()
+        again.load_state_dict(loader.state_dict())
+        assert seen + read_epochs(again, 1)[0] == unbroken[0], place
+        assert read_epochs(again, 1)[0] == unbroken[1], place
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stage_that_holds_samples_back(packed: Path, num_workers: int) -> None:
+    """States can be asked for all the time; one of mid-epoch is refused, and says what to do."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    def open_it() -> Any:
+        dataset = open_webdataset(packed, "__key__", decode=None).shuffle(20)
+        return StatefulDataLoader(dataset, 4, num_workers=num_workers)
+
+    loader = open_it()
+    batches = iter(loader)
+    start = loader.state_dict()
+    next(batches)
+    cut = loader.state_dict()
+    list(batches)
+    end = loader.state_dict()
+    again = open_it()
+    again.load_state_dict(cut)
+    with pytest.raises(InputError, match=r"\.shuffle\(\) holds samples back.* shuffle_buffer="):
+        list(again)
+    # Of workers, one may have given its last batch and not know that it was the last.
+    for state in (start, end) if num_workers == 0 else (start,):
+        again = open_it()
+        again.load_state_dict(state)
+        assert sorted(read_epochs(again, 1)[0]) == KEYS
+
+
+def test_an_epoch_with_many_states_and_shards(source: Path, tmp_path: Path) -> None:
+    """What a loader of torchdata asks for with each batch has one size, however much was read."""
+    loader = open_stateful(pack(source, tmp_path / "many", len(KEYS)), 2, True)
+    sizes = []
+    for _ in range(2):
+        for _ in loader:
+            workers = loader.state_dict()["_snapshot"]["_worker_snapshots"].values()
+            sizes += [len(json.dumps(worker["dataset_state"])) for worker in workers]
+    assert max(sizes) < 150 and len(sizes) > 2 * len(KEYS) / 4
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
