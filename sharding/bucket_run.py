@@ -19,7 +19,7 @@ import hashlib
 import io
 import re
 import secrets
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import obstore
@@ -51,7 +51,7 @@ from sharding.plan import (
     not_ended,
     not_packed,
 )
-from sharding.samples import Sample
+from sharding.samples import Samples
 from sharding.shards import (
     SHARD_PATTERN,
     STRAY_PATTERN,
@@ -112,7 +112,7 @@ def settle(output: str) -> None:
 
 
 def begin(
-    output: str, plan: Plan, samples: Sequence[Sample], resume: bool, replace: bool
+    output: str, plan: Plan, samples: Samples, resume: bool, replace: bool
 ) -> tuple[str, Plan, int]:
     """Claim a prefix for a run; see `places.Output`."""
     run = secrets.token_hex(8)
@@ -180,7 +180,7 @@ def read_plan(folder: str) -> Plan:
     return own_plan(folder)[0]
 
 
-def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
+def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[Samples]:
     """Yield the samples of shards of a run."""
     item = check_own(folder)
     output, _ = split_run(folder)

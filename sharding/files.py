@@ -13,23 +13,23 @@ import os
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO
 
 from sharding import faults
 from sharding.batch import CHANGED, STAMP, Batch, in_order, new_stamp
 from sharding.errors import InputError, PackError, argument, explain, naming
 from sharding.faults import Odd, quote
-from sharding.samples import Sample
+from sharding.samples import Samples
 
 if TYPE_CHECKING:
-    from sharding.listing import Scan
+    from sharding.scan import Scan
 
 Parents = tuple[str, ...]  # the real path of each
 
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process, not faults of a name
+NAMES_AT_ONCE = 4_096
 WHOLE_SIZE = 64 << 10  # bytes of a file that is read whole; larger ones are copied
 AHEAD_SIZE = 512 << 10  # the same as WHOLE_SIZE, for files that are read ahead
 SLOW_READ = 0.0005  # seconds a file; a local disk takes a hundredth of that to open one
@@ -70,7 +70,7 @@ def list_files(scan: Scan) -> None:
         walk.list_folder(*walk.left.pop())
     for prefix, names in walk.vanished.items():
         for name in _still_listed(_folder(scan, prefix), names):
-            scan.note_odd("", "", names[name])
+            scan.add_odd(names[name])
 
 
 def _folder(scan: Scan, prefix: str) -> str:
@@ -106,7 +106,7 @@ class _Walk:
             if isinstance(error, FileNotFoundError) and _is_gone(folder):
                 self.vanished[f"{parent}/" if parent else ""][name] = odd
             else:
-                self.scan.note_odd("", "", odd)
+                self.scan.add_odd(odd)
             return
         try:
             with entries:
@@ -120,18 +120,12 @@ class _Walk:
         self, prefix: str, entries: Iterable[os.DirEntry[str]], parents: Parents
     ) -> None:
         """Note all names of a folder."""
-        scan = self.scan
-        held: dict[str, tuple[str, ...]] = {}  # stem -> the extensions that are fields
-        vanished: dict[str, tuple[str, str, Odd]] = {}
-        grown, dots = scan.grown, scan.replace_dots  # the loop sees each file of a dataset
-        for entry in entries:
+        folder, names = self.scan.folder(prefix), []
+        vanished: dict[str, Odd] = {}
+        for entry in entries:  # this loop sees each file of a dataset
             name = entry.name
             if name[0] == ".":
                 continue
-            if dots is None:
-                stem, _, extension = name.partition(".")
-            else:
-                stem, extension = scan.split_at_field(name)
             try:
                 plain = entry.is_file(follow_symlinks=False)
             except OSError:  # where a listing tells no types, this looks at the file
@@ -139,32 +133,26 @@ class _Walk:
             if not plain:
                 found = _mode(entry.path)
                 if isinstance(found, OSError):
+                    odd = _odd(prefix + name, found)
                     if isinstance(found, FileNotFoundError) and _is_gone(entry.path):
-                        vanished[name] = stem, extension, _odd(prefix + name, found)
-                    elif scan.note_odd(prefix + stem, extension, _odd(prefix + name, found)):
-                        held.setdefault(stem, ())
+                        vanished[name] = odd
+                    else:
+                        folder.add_odd(name, odd)
                     continue
                 if stat.S_ISDIR(found):
                     self.left.append((f"{prefix}{name}/", entry.is_symlink(), parents))
                     continue
                 if not stat.S_ISREG(found):
-                    if scan.note_odd(prefix + stem, extension, _odd(prefix + name)):
-                        held.setdefault(stem, ())
+                    folder.add_odd(name, _odd(prefix + name))
                     continue
-            before = held.get(stem, ())
-            try:
-                after = grown[before, extension]
-            except KeyError:
-                after = scan.grow(before, extension)
-            if after is None:
-                scan.note_ignored(prefix, name)
-            else:
-                held[stem] = after
-        for name in _still_listed(_folder(scan, prefix), vanished):
-            stem, extension, odd = vanished[name]
-            if scan.note_odd(prefix + stem, extension, odd):
-                held.setdefault(stem, ())
-        scan.add_samples(prefix, held)
+            names.append(name)
+            if len(names) == NAMES_AT_ONCE:
+                folder.add(names)
+                names.clear()
+        folder.add(names)
+        for name in _still_listed(_folder(self.scan, prefix), vanished):
+            folder.add_odd(name, vanished[name])
+        folder.close(functools.partial(may_read, self.scan.source))
 
 
 def _cannot_list(error: OSError) -> InputError:
@@ -226,7 +214,7 @@ def _still_listed(folder: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in there]
 
 
-def listed_bytes(samples: Iterable[Sample]) -> int:  # noqa: ARG001
+def listed_bytes(samples: Samples) -> int:  # noqa: ARG001
     """Return 0: nothing has to be fetched."""
     return 0
 
@@ -243,17 +231,16 @@ def open_file(source: str, path: str) -> Iterator[tuple[BinaryIO, int]]:
         yield stream, os.fstat(stream.fileno()).st_size
 
 
-def stamp_of(source: str, samples: Iterable[Sample]) -> str:
+def stamp_of(source: str, samples: Samples) -> str:
     """Return the stamp of samples as they are now; reading them gives the same if none changed."""
     seen = new_stamp()
-    for sample in samples:
-        for path in sample.files():
-            status = os.stat(os.path.join(source, path))
-            seen.update(STAMP % (status.st_size, status.st_mtime_ns))
+    for path in samples.files():
+        status = os.stat(os.path.join(source, path))
+        seen.update(STAMP % (status.st_size, status.st_mtime_ns))
     return seen.hexdigest()
 
 
-def read_batches(source: str, samples: Iterable[Sample]) -> Generator[Batch, None, None]:
+def read_batches(source: str, samples: Samples) -> Generator[Batch, None, None]:
     """Yield all samples in order, a batch at a time; read ahead once files open slowly.
 
     Many reads at a time hide the latency of NFS, Lustre or a cloud disk; on a fast disk, threads
@@ -265,7 +252,7 @@ def read_batches(source: str, samples: Iterable[Sample]) -> Generator[Batch, Non
     """
     source_fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield from _read_batches(source_fd, iter(samples))
+        yield from _read_batches(source_fd, samples)
     except OSError as error:
         if error.filename:  # a path below the source
             error.filename = os.path.join(source, error.filename)
@@ -274,11 +261,13 @@ def read_batches(source: str, samples: Iterable[Sample]) -> Generator[Batch, Non
         os.close(source_fd)
 
 
-def _read_batches(source_fd: int, left: Iterator[Sample]) -> Iterator[Batch]:
-    """Yield what `read_batch` gives for the samples that are left."""
-    slow, count = 0, 1  # at first few, so that a slow disk is found out soon
-    few, files = 1, 1
-    while slow < SLOW_BATCHES and (some := list(islice(left, count))):
+def _read_batches(source_fd: int, samples: Samples) -> Iterator[Batch]:
+    """Yield what `read_batch` gives for these samples, a few at a time."""
+    done = slow = 0
+    count = few = files = 1  # at first few, so that a slow disk is found out soon
+    while slow < SLOW_BATCHES and done < len(samples):
+        some = samples[done : done + count]
+        done += count
         files = len(some[0].extensions)
         few = max(1, FEW_FILES // files)
         start = time.perf_counter()
@@ -287,7 +276,7 @@ def _read_batches(source_fd: int, left: Iterator[Sample]) -> Iterator[Batch]:
         slow = max(0, slow + (1 if is_slow else -1))
         count = few if is_slow else max(1, BATCH_FILES // files)
         yield batch
-    batches = iter(lambda: list(islice(left, few)), [])
+    batches = (samples[begin : begin + few] for begin in range(done, len(samples), few))
     read = functools.partial(read_batch, source_fd, AHEAD_SIZE)
     pool = ThreadPoolExecutor(READ_THREADS)
     try:
@@ -296,33 +285,31 @@ def _read_batches(source_fd: int, left: Iterator[Sample]) -> Iterator[Batch]:
         pool.shutdown(cancel_futures=True)
 
 
-def read_batch(source_fd: int, whole_size: int, samples: Sequence[Sample]) -> Batch:
+def read_batch(source_fd: int, whole_size: int, samples: Samples) -> Batch:
     """Read the files of a few samples; those above `whole_size` bytes are left open instead.
 
     One function for many files: for small ones, a call for each is a good part of the time.
     """
-    batch = Batch(len(samples), [], [], [])
-    for sample in samples:
-        batch.names.extend(sample.members())
-        for path in sample.files():
-            # O_NONBLOCK: a FIFO that took the file's place must not block the run.
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=source_fd)
-            try:
-                status = os.fstat(fd)
-                size = status.st_size
-                if not stat.S_ISREG(status.st_mode):
+    batch = Batch(len(samples), samples.members(), [], [])
+    for path in samples.files():
+        # O_NONBLOCK: a FIFO that took the file's place must not block the run.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd=source_fd)
+        try:
+            status = os.fstat(fd)
+            size = status.st_size
+            if not stat.S_ISREG(status.st_mode):
+                raise PackError(f"{path!r} {CHANGED}")
+            if size > whole_size:
+                batch.contents.append(LargeFile(os.dup(fd), path, size, status.st_mtime_ns))
+            else:
+                data = os.read(fd, size + 1)
+                if len(data) != size:
                     raise PackError(f"{path!r} {CHANGED}")
-                if size > whole_size:
-                    batch.contents.append(LargeFile(os.dup(fd), path, size, status.st_mtime_ns))
-                else:
-                    data = os.read(fd, size + 1)
-                    if len(data) != size:
-                        raise PackError(f"{path!r} {CHANGED}")
-                    batch.contents.append(data)
-            except OSError as error:
-                error.filename = path
-                raise
-            finally:
-                os.close(fd)
-            batch.stamps.extend((size, status.st_mtime_ns))
+                batch.contents.append(data)
+        except OSError as error:
+            error.filename = path
+            raise
+        finally:
+            os.close(fd)
+        batch.stamps.extend((size, status.st_mtime_ns))
     return batch

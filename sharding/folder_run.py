@@ -47,7 +47,7 @@ from sharding.plan import (
     not_packed,
     write_plan,
 )
-from sharding.samples import Sample
+from sharding.samples import Samples
 from sharding.shards import (
     SHARD_PATTERN,
     STAGED_PATTERN,
@@ -145,7 +145,7 @@ def prepare(output: str, shard_ids: Container[int], total_shards: int) -> None:
 
 
 def begin(
-    output: str, plan: Plan, samples: Sequence[Sample], resume: bool, replace: bool
+    output: str, plan: Plan, samples: Samples, resume: bool, replace: bool
 ) -> tuple[str, Plan, int]:
     """Lock the output, stage a new run, and take over or clear what dead runs left."""
     os.makedirs(output, exist_ok=True)
@@ -162,7 +162,7 @@ def begin(
 
 
 def _stage(
-    output: str, plan: Plan, samples: Sequence[Sample], resume: bool, replace: bool
+    output: str, plan: Plan, samples: Samples, resume: bool, replace: bool
 ) -> tuple[str, Plan]:
     """Make the staging folder of a run, and take over or clear those of others."""
     folder = make_staging(output)
@@ -293,7 +293,7 @@ def read_plan(folder: str) -> Plan:
     return plans.read_plan(folder)
 
 
-def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
+def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[Samples]:
     """Yield the samples of shards of a run."""
     return plans.read_shards(folder, shard_ids)
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import io
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -18,12 +18,12 @@ import obstore
 
 from sharding.batch import CHANGED, STAMP, Batch, in_order, new_stamp
 from sharding.errors import InputError, PackError
-from sharding.samples import Sample
+from sharding.samples import Samples
 from sharding.store import check_bucket, connect, insist, saying, split, version_of
 from sharding.streams import Ranges
 
 if TYPE_CHECKING:
-    from sharding.listing import Scan
+    from sharding.scan import FolderScan, Scan
 
 WHOLE_SIZE = 512 << 10  # bytes of an object that is read whole; larger ones are fetched in ranges
 READ_THREADS = 32  # of a process; a store takes some 25 ms for an object of any small size
@@ -36,12 +36,12 @@ def _read_version(version: str) -> tuple[int, int]:
     return int(size), int(tag, 16)
 
 
-def _sizes(samples: Iterable[Sample]) -> Iterator[int]:
+def _sizes(samples: Samples) -> Iterator[int]:
     """Yield the size of each file of these samples."""
     return (int(part.partition(".")[0]) for s in samples for part in s.listed.split(" "))
 
 
-def listed_bytes(samples: Iterable[Sample]) -> int:
+def listed_bytes(samples: Samples) -> int:
     """Return the bytes that fetching all files of these samples takes."""
     return sum(_sizes(samples))
 
@@ -50,47 +50,39 @@ def list_files(scan: Scan) -> None:
     """List all objects below a URL."""
     check_bucket(scan.source)
     bucket, prefix = split(scan.source)
-    held: dict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)  # folder -> stem -> extensions
-    listed: dict[str, str] = {}  # folder and stem -> versions, in the order of the extensions
+    found: dict[str, FolderScan] = {}
     empty: list[tuple[str, str, str]] = []  # objects of no bytes, some of which mark a folder
     folders = {"", prefix + "/"}
 
-    def add(folder: str, name: str, version: str) -> None:
-        if scan.replace_dots is None:
-            stem, _, extension = name.partition(".")
-        else:
-            stem, extension = scan.split_at_field(name)
-        before = held[folder].get(stem, ())
-        after = scan.grow(before, extension)
-        if after is None:
-            scan.note_ignored(folder, name)
-            return
-        held[folder][stem] = after
-        versions = listed.get(folder + stem, "").split(" ") if before else []
-        versions.insert(after.index(extension), version)
-        listed[folder + stem] = " ".join(versions)
+    def add(objects: Iterable[tuple[str, str, str]]) -> None:
+        pages: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+        for folder, name, version in objects:
+            names, versions = pages[folder]
+            names.append(name)
+            versions.append(version)
+        for folder, page in pages.items():
+            if folder not in found:
+                found[folder] = scan.folder(folder)
+            found[folder].add(*page)
 
     with saying(scan.source, InputError):
-        for item in (i for chunk in obstore.list(connect(bucket), prefix or None) for i in chunk):
-            path = item["path"][len(prefix) + 1 if prefix else 0 :]
-            folder, slash, name = path.rpartition("/")
-            folder += slash
-            if folder not in folders:
-                parts = folder.split("/")
-                folders.update("/".join(parts[:n]) + "/" for n in range(1, len(parts)))
-            if name[:1] in ("", ".") or folder[:1] == "." or "/." in folder:
-                continue
-            version = version_of(item)
-            if item["size"]:
-                add(folder, name, version)
-            else:
-                empty.append((folder, name, version))
-    for folder, name, version in empty:
-        if f"{folder}{name}/" not in folders:
-            add(folder, name, version)
-    for folder, stems in held.items():
-        scan.add_samples(folder, stems)
-    scan.samples = [Sample(key, s, e, listed[s]) for key, s, e, _ in scan.samples]
+        for chunk in obstore.list(connect(bucket), prefix or None):
+            objects: list[tuple[str, str, str]] = []
+            for item in chunk:
+                path = item["path"][len(prefix) + 1 if prefix else 0 :]
+                folder, slash, name = path.rpartition("/")
+                folder += slash
+                if folder not in folders:
+                    parts = folder.split("/")
+                    folders.update("/".join(parts[:n]) + "/" for n in range(1, len(parts)))
+                if name[:1] in ("", ".") or folder[:1] == "." or "/." in folder:
+                    continue
+                into = objects if item["size"] else empty
+                into.append((folder, name, version_of(item)))
+            add(objects)
+    add(one for one in empty if f"{one[0]}{one[1]}/" not in folders)
+    for one in found.values():
+        one.close()
 
 
 def may_read(source: str, paths: list[str]) -> bool:  # noqa: ARG001
@@ -98,22 +90,23 @@ def may_read(source: str, paths: list[str]) -> bool:  # noqa: ARG001
     return True
 
 
-def read_batches(source: str, samples: Iterable[Sample]) -> Generator[Batch, None, None]:
+def read_batches(source: str, samples: Samples) -> Generator[Batch, None, None]:
     """Yield each sample in order, read ahead by many threads."""
     read = functools.partial(_read_batch, source)
+    each = (samples[place : place + 1] for place in range(len(samples)))
     pool = ThreadPoolExecutor(READ_THREADS)
     try:
-        yield from in_order(pool, read, ([s] for s in samples), AHEAD_BYTES, _weigh)
+        yield from in_order(pool, read, each, AHEAD_BYTES, _weigh)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _weigh(samples: Sequence[Sample]) -> int:
+def _weigh(samples: Samples) -> int:
     """Return the bytes that samples hold once they are read, and no less than for `AHEAD`."""
     return max(AHEAD_BYTES // AHEAD, sum(size for size in _sizes(samples) if size <= WHOLE_SIZE))
 
 
-def _read_batch(source: str, samples: Sequence[Sample]) -> Batch:
+def _read_batch(source: str, samples: Samples) -> Batch:
     """Read the objects of a few samples; large ones are left to be fetched later."""
     batch = Batch(len(samples), [], [], [])
     for sample in samples:
@@ -168,7 +161,7 @@ class LargeObject:
                 ranges.seek(len(piece), io.SEEK_CUR)
 
 
-def stamp_of(source: str, samples: Iterable[Sample]) -> str:  # noqa: ARG001
+def stamp_of(source: str, samples: Samples) -> str:  # noqa: ARG001
     """Return the stamp of samples, from what their listing said."""
     seen = new_stamp()
     for sample in samples:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import BinaryIO
 
 from sharding.archive import FastTarWriter
 from sharding.batch import new_stamp
 from sharding.places import output_at, source_at
-from sharding.samples import Sample
+from sharding.samples import Samples
 from sharding.shards import Progress, Shard
 
 
 def begin_shard(
     source: str,
-    samples: Sequence[Sample],
+    samples: Samples,
     folder: str,
     shard_id: int,
     progress: Progress | None = None,
@@ -49,7 +49,7 @@ def begin_shard(
 
 def write_shard(
     source: str,
-    samples: Sequence[Sample],
+    samples: Samples,
     folder: str,
     shard_id: int,
     progress: Progress | None = None,
@@ -65,7 +65,7 @@ def write_shard(
 def write_samples(
     stream: BinaryIO,
     source: str,
-    samples: Sequence[Sample],
+    samples: Samples,
     progress: Progress | None = None,
 ) -> str:
     """Write the tar archive of these samples to a stream.

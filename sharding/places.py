@@ -15,9 +15,10 @@ from sharding.urls import is_url
 
 if TYPE_CHECKING:
     from sharding.batch import Batch
-    from sharding.listing import Listing, Scan
+    from sharding.listing import Listing
     from sharding.plan import Plan
-    from sharding.samples import Sample
+    from sharding.samples import Samples
+    from sharding.scan import Scan
 
 
 class Dataset(Protocol):
@@ -71,7 +72,7 @@ class Output(Protocol):
         """End what `prepare` began."""
 
     def begin(
-        self, output: str, plan: Plan, samples: Sequence[Sample], resume: bool, replace: bool
+        self, output: str, plan: Plan, samples: Samples, resume: bool, replace: bool
     ) -> tuple[str, Plan, int]:
         """Begin a run: the only one there; what others left is finished, taken over or cleared.
 
@@ -90,7 +91,7 @@ class Output(Protocol):
     def read_plan(self, folder: str) -> Plan:
         """Return the plan of a run."""
 
-    def read_shards(self, folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
+    def read_shards(self, folder: str, shard_ids: Iterable[int]) -> Iterator[Samples]:
         """Yield the samples of each of these shards of a run."""
 
     def left_shards(self, folder: str) -> Mapping[int, Sequence[object]]:
@@ -142,10 +143,10 @@ class Source(Protocol):
     def may_read(self, source: str, paths: list[str]) -> bool:
         """Tell whether these files may be read, as far as that can be told without reading."""
 
-    def listed_bytes(self, samples: Iterable[Sample]) -> int:
+    def listed_bytes(self, samples: Samples) -> int:
         """Return the bytes that must be fetched to pack these samples."""
 
-    def read_batches(self, source: str, samples: Iterable[Sample]) -> Generator[Batch, None, None]:
+    def read_batches(self, source: str, samples: Samples) -> Generator[Batch, None, None]:
         """Yield all samples in order, a batch at a time, read ahead where files open slowly.
 
         Raises:
@@ -153,7 +154,7 @@ class Source(Protocol):
             OSError: a file cannot be read; it names the file.
         """
 
-    def stamp_of(self, source: str, samples: Iterable[Sample]) -> str:
+    def stamp_of(self, source: str, samples: Samples) -> str:
         """Return the stamp of samples as they are now; reading them gives it if none changed."""
 
     def open_file(self, source: str, path: str) -> AbstractContextManager[tuple[BinaryIO, int]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from sharding.errors import InputError, PackError, StopRun, argument, count, naming
-from sharding.samples import Sample, deal
+from sharding.samples import Sample, Samples, deal
 from sharding.urls import is_url
 
 PLAN = "plan"  # the name of the file, in the folder of a run
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.started))
 
 
-def dump_plan(stream: BinaryIO, plan: Plan, samples: Sequence[Sample]) -> Plan:
+def dump_plan(stream: BinaryIO, plan: Plan, samples: Samples) -> Plan:
     """Write a plan to a stream that can seek, and return it with the digest of its samples."""
     total = plan.total_shards
     plan = plan._replace(usual=samples[0].extensions)
@@ -58,10 +58,10 @@ def dump_plan(stream: BinaryIO, plan: Plan, samples: Sequence[Sample]) -> Plan:
     for shard_id in range(total):
         places.append(stream.tell())
         dealt = deal(samples, shard_id, total)
-        lines = "".join(_to_lines(dealt, plan.usual)).encode()
+        lines = _to_text(dealt, plan.usual).encode()
         stream.write(lines)
-        if dealt and dealt[0].listed:  # an object of another version is the same sample
-            lines = "".join(_to_lines([Sample(*s[:3]) for s in dealt], plan.usual)).encode()
+        if dealt.listed or dealt.odd:  # an object of another version is the same sample
+            lines = _to_text(dealt.without_versions(), plan.usual).encode()
         seen.update(lines)
     places.append(stream.tell())
     stream.seek(first)
@@ -85,7 +85,7 @@ def load_plan(stream: BinaryIO, name: str) -> Plan:
         return _from_header(stream.readline())
 
 
-def load_shards(stream: BinaryIO, shard_ids: Iterable[int], name: str) -> Iterator[list[Sample]]:
+def load_shards(stream: BinaryIO, shard_ids: Iterable[int], name: str) -> Iterator[Samples]:
     """Yield the samples of shards of the plan in a stream, which can seek; see `load_plan`.
 
     Raises:
@@ -98,11 +98,10 @@ def load_shards(stream: BinaryIO, shard_ids: Iterable[int], name: str) -> Iterat
             stream.seek(first + shard_id * size)
             begin, end = int(stream.read(size)), int(stream.read(size))
             stream.seek(begin)
-            lines = stream.read(end - begin).decode().split("\n")[:-1]
-            yield [_from_line(line, plan) for line in lines]
+            yield _from_text(stream.read(end - begin).decode(), plan)
 
 
-def write_plan(folder: str, plan: Plan, samples: Sequence[Sample]) -> Plan:
+def write_plan(folder: str, plan: Plan, samples: Samples) -> Plan:
     """Write the plan of a run into its folder, and return it with its digest.
 
     A whole plan is there at any time, the old one or the new one.
@@ -126,7 +125,7 @@ def read_plan(folder: str) -> Plan:
         return load_plan(stream, path)
 
 
-def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[list[Sample]]:
+def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[Samples]:
     """Yield the samples of shards of the run in a folder.
 
     Raises:
@@ -244,19 +243,35 @@ def _from_header(line: bytes) -> Plan:
     return plan._replace(usual=tuple(plan.usual))
 
 
-def _to_lines(samples: Sequence[Sample], usual: tuple[str, ...]) -> Iterator[str]:
-    for key, stem, extensions, listed in samples:
-        if extensions == usual and key == stem and key[0] != "[":
-            yield f"{key}\t{listed}\n" if listed else f"{key}\n"
-        else:
-            yield json.dumps([key, stem, extensions, listed], ensure_ascii=False) + "\n"
+def _to_text(samples: Samples, usual: tuple[str, ...]) -> str:
+    """Return a line for each sample: of a usual one, its key."""
+    if samples.plain() and samples.usual == usual:
+        text = "\n".join([*samples.keys, ""])
+        if text[:1] != "[" and "\n[" not in text:
+            return text
+    return "".join(_to_line(sample, usual) for sample in samples)
 
 
-def _from_line(line: str, plan: Plan) -> Sample:
-    if line[0] == "[":
-        key, stem, extensions, listed = json.loads(line)
-        return Sample(key, stem, tuple(extensions), listed)
-    key, listed = line, ""
+def _to_line(sample: Sample, usual: tuple[str, ...]) -> str:
+    key, stem, extensions, listed = sample
+    if extensions == usual and key == stem and key[0] != "[":
+        return f"{key}\t{listed}\n" if listed else f"{key}\n"
+    return json.dumps([key, stem, extensions, listed], ensure_ascii=False) + "\n"
+
+
+def _from_text(text: str, plan: Plan) -> Samples:
+    lines = text.split("\n")[:-1]
+    odd: dict[str, Sample] = {}
+    listed: dict[str, str] = {}
+    if text[:1] == "[" or "\n[" in text:
+        for number, line in enumerate(lines):
+            if line[0] == "[":
+                key, stem, extensions, versions = json.loads(line)
+                odd[key] = Sample(key, stem, tuple(extensions), versions)
+                lines[number] = key
     if is_url(plan.source):  # a bucket, in whose keys there are no tabs
-        key, _, listed = line.rpartition("\t")
-    return Sample(key, key, plan.usual, listed)
+        for number, line in enumerate(lines):
+            if line not in odd:
+                key, _, versions = line.rpartition("\t")
+                lines[number], listed[key] = key, versions
+    return Samples(lines, plan.usual, odd, listed)

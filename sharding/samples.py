@@ -1,4 +1,4 @@
-"""Samples: keys and fields, which names readers would lose or merge, and the deal.
+"""Samples as plain data: keys and fields, which names readers would lose or merge, and the deal.
 
 Knows names alone, and no folder.
 """
@@ -6,25 +6,21 @@ Knows names alone, and no folder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeVar, overload
 
 from sharding import faults
 from sharding.errors import InputError, argument
 from sharding.faults import Kind
 
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8
 RESERVED_FOLDER = re.compile(r"__[^/]*__($|/)")  # in front of a name: webdataset drops it
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # see split_name
 
 
 class Sample(NamedTuple):
-    """The files of one key: each is `<stem>.<extension>` below the source.
-
-    The stem is nearly always the very string that the key is, and all samples with the same
-    extensions share one tuple, so a sample costs some 60 bytes beside its key.
-    """
+    """The files of one key: each is `<stem>.<extension>` below the source."""
 
     key: str
     stem: str  # another string than the key where dots in it were replaced
@@ -38,6 +34,88 @@ class Sample(NamedTuple):
     def members(self) -> list[str]:
         """Return the names of the sample's members in a shard, each of the file in its place."""
         return [f"{self.key}.{extension.lower()}" for extension in self.extensions]
+
+
+class Samples(Sequence[Sample]):
+    """Samples in order, of which a usual one costs no more than its key; odd ones stand apart.
+
+    A usual sample has the usual extensions, and files named by its key.
+    """
+
+    __slots__ = ("keys", "listed", "odd", "usual")
+
+    def __init__(
+        self,
+        keys: list[str],
+        usual: tuple[str, ...],
+        odd: Mapping[str, Sample] = {},
+        listed: Mapping[str, str] = {},
+    ) -> None:
+        """Take keys in order; the samples of some that are not usual; what else is known of files.
+
+        Args:
+            listed: key -> the version of each file, where a listing tells it; see `Sample.listed`.
+        """
+        self.keys = keys
+        self.usual = usual
+        self.odd = odd
+        self.listed = listed
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> Samples:
+        """Return these samples, none of them taken for usual."""
+        odd = {sample.key: sample for sample in samples}
+        return cls(list(odd), (), odd)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, place: int) -> Sample: ...
+    @overload
+    def __getitem__(self, place: slice) -> Samples: ...
+    def __getitem__(self, place: int | slice) -> Sample | Samples:
+        """Return one sample, or some of them with nothing that belongs to others."""
+        if isinstance(place, int):
+            return self._sample(self.keys[place])
+        keys = self.keys[place]
+        odd, listed = self.odd, self.listed
+        if odd:
+            odd = {key: odd[key] for key in keys if key in odd}
+        if listed:
+            listed = {key: listed[key] for key in keys if key in listed}
+        return Samples(keys, self.usual, odd, listed)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self._sample, self.keys)
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == (list(other) if isinstance(other, Samples) else other)
+
+    def _sample(self, key: str) -> Sample:
+        return self.odd.get(key) or Sample(key, key, self.usual, self.listed.get(key, ""))
+
+    def without_versions(self) -> Samples:
+        """Return the same samples, whatever the versions of their files."""
+        odd = {key: sample._replace(listed="") for key, sample in self.odd.items()}
+        return Samples(self.keys, self.usual, odd)
+
+    def plain(self) -> bool:
+        """Tell whether all are usual, with nothing more than keys."""
+        return not self.odd and not self.listed
+
+    def files(self) -> list[str]:
+        """Return the paths of all files below the source, sample by sample."""
+        if self.odd:
+            return [path for sample in self for path in sample.files()]
+        return [f"{key}.{extension}" for key in self.keys for extension in self.usual]
+
+    def members(self) -> list[str]:
+        """Return the names of all members in a shard, each of the file in its place."""
+        if self.odd:
+            return [name for sample in self for name in sample.members()]
+        fields = [extension.lower() for extension in self.usual]
+        return [f"{key}.{field}" for key in self.keys for field in fields]
 
 
 class Fields(NamedTuple):
@@ -66,7 +144,13 @@ def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
     return (match[1], match[2]) if match else (None, None)
 
 
-def deal(samples: Sequence[T], shard_id: int, total_shards: int) -> Sequence[T]:
+class Dealt(Protocol[T]):
+    """Anything in order that can be dealt."""
+
+    def __getitem__(self, place: slice, /) -> T: ...
+
+
+def deal(samples: Dealt[T], shard_id: int, total_shards: int) -> T:
     """Return the samples of a shard: sample i belongs to shard i % total_shards."""
     return samples[shard_id::total_shards]
 

@@ -29,10 +29,19 @@ from sharding.faults import SHOWN, Report
 from sharding.listing import Listing
 from sharding.pack import write_samples
 from sharding.places import dataset_at, source_at
-from sharding.samples import RESERVED_FOLDER, Fields, Sample, deal, judge, split_name
+from sharding.samples import (
+    RESERVED_FOLDER,
+    Fields,
+    Sample,
+    Samples,
+    deal,
+    judge,
+    split_name,
+)
 from sharding.shards import shard_name, shard_number
 from sharding.urls import is_url
 
+NO_SAMPLES = Samples([], ())
 MISPLACED = "sample in another shard than this source and its flags say"
 
 Fault = tuple[str, str, str]  # its kind, the name of a shard, key, member or file; what is shown
@@ -60,7 +69,7 @@ class Task(NamedTuple):
     path: str
     decode: bool = False
     source: str = ""
-    samples: Sequence[Sample] = ()  # that the source, if any, has for this shard
+    samples: Samples = NO_SAMPLES  # that the source, if any, has for this shard
 
 
 class Checked(NamedTuple):
@@ -108,7 +117,7 @@ def check_dataset(
         PackError: a process was killed.
     """
     gc.freeze()  # else the collector of each process looks at the whole listing again and again
-    listed: Sequence[Sample] = listing.samples if listing else ()  # never an empty one
+    listed = listing.samples if listing else NO_SAMPLES  # never an empty one
     source = listing.source if listing else ""
     total = count_shards(shards, listed)
     tasks = (
@@ -156,7 +165,7 @@ def _check_in_parallel(
         pool.shutdown(cancel_futures=True)
 
 
-def count_shards(shards: Sequence[str], listed: Sequence[Sample]) -> int:
+def count_shards(shards: Sequence[str], listed: Samples) -> int:
     """Return how many shards the dataset must have had: the last ones may be missing.
 
     The second key of a shard lies `total` places behind its first in the source.
@@ -164,9 +173,9 @@ def count_shards(shards: Sequence[str], listed: Sequence[Sample]) -> int:
     total = shard_number(shards[-1]) + 1
     for shard in shards[:5] if listed else ():
         number, keys = shard_number(shard), _first_keys(shard)
-        second = (place for place, sample in enumerate(listed) if sample.key in keys[1:2])
+        second = (place for place, key in enumerate(listed.keys) if key in keys[1:2])
         step = next(second, 0) - number
-        if step > 0 and [s.key for s in deal(listed, number, step)][: len(keys)] == keys:
+        if step > 0 and deal(listed.keys, number, step)[: len(keys)] == keys:
             return max(total, step)  # else damaged, or of another source
     return total
 
@@ -182,7 +191,7 @@ def _first_keys(shard: str) -> list[str]:
 
 def compare_shards(
     reports: Sequence[Checked],
-    listed: Sequence[Sample],
+    listed: Samples,
     total: int,
     faults: Faults,
     label: Callable[[str], str],

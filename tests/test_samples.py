@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from sharding import listing
+from sharding import scan
 from sharding.errors import InputError
 from sharding.faults import ALTERNATIVES, BAD_NAME, DOUBLED, INCOMPLETE, RESERVED
 from sharding.listing import list_samples
@@ -75,7 +75,7 @@ def test_names_that_readers_lose(key: str, fault) -> None:
 
 def test_the_table_of_extensions_stays_small(tmp_path: Path, monkeypatch) -> None:
     """As with millions of `name.<number>`."""
-    monkeypatch.setattr(listing, "MAX_GROWN", 10)
+    monkeypatch.setattr(scan, "MAX_GROWN", 10)
     write_pairs(tmp_path, 5)
     for number in range(100):
         (tmp_path / f"note.{number}").touch()
