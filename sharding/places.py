@@ -164,10 +164,10 @@ class Source(Protocol):
 def dataset_at(path: str | os.PathLike[str]) -> Dataset:
     """Return the module that finds and opens shards there."""
     if is_url(path, "path"):
-        from sharding import bucket
+        from sharding.bucket import dataset as bucket
 
         return bucket
-    from sharding import folder
+    from sharding.folder import dataset as folder
 
     return folder
 
@@ -175,10 +175,10 @@ def dataset_at(path: str | os.PathLike[str]) -> Dataset:
 def source_at(path: str | os.PathLike[str]) -> Source:
     """Return the module that lists and reads a source there."""
     if is_url(path, "source"):
-        from sharding import objects
+        from sharding.bucket import source as objects
 
         return objects
-    from sharding import files
+    from sharding.folder import source as files
 
     return files
 
@@ -186,9 +186,9 @@ def source_at(path: str | os.PathLike[str]) -> Source:
 def output_at(path: str | os.PathLike[str]) -> Output:
     """Return the module that writes shards there."""
     if is_url(path, "output"):
-        from sharding import bucket_run
+        from sharding.bucket import run as bucket_run
 
         return bucket_run
-    from sharding import folder_run
+    from sharding.folder import run as folder_run
 
     return folder_run

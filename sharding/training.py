@@ -109,7 +109,7 @@ def count_samples(
     if not isinstance(path, (str, os.PathLike)):
         return sum(map(count_samples, path))
     if is_url(path, "path"):  # whoever counts here can fork no more
-        from sharding.store import apart
+        from sharding.bucket.store import apart
 
         return int(apart("training", "count_in_bucket", os.fspath(path)))
     return sum(map(count_shard, dataset_at(path).find_shards(os.fspath(path)).shards))

@@ -16,8 +16,9 @@ from conftest import ROOT, hashes, run_script, write_pairs
 import create_webdataset as core
 import create_with_ray
 import read_webdataset as reader
-from sharding import folder, folder_run
 from sharding.errors import PackError
+from sharding.folder import dataset as folder
+from sharding.folder import run as folder_run
 from sharding.plan import PLAN
 
 

@@ -21,7 +21,7 @@ import read_webdataset as reader
 from create_webdataset import create_webdataset
 from read_webdataset import count_samples, open_webdataset
 from read_webdataset import main as read
-from sharding import store, streams
+from sharding.bucket import store, streams
 from sharding.errors import InputError, PackError, StopRun
 from sharding.reading import read_samples
 

@@ -31,9 +31,10 @@ from server import free_ports
 from create_webdataset import create_webdataset
 from create_webdataset import main as create
 from read_webdataset import main as read
-from sharding import bucket_run, claim, streams
 from sharding import run as runs
-from sharding.bucket import PLAN
+from sharding.bucket import claim, streams
+from sharding.bucket import run as bucket_run
+from sharding.bucket.dataset import PLAN
 from sharding.errors import InputError, PackError
 from sharding.listing import list_samples
 from sharding.places import output_at
@@ -654,7 +655,7 @@ def test_few_parts_wait_for_a_slow_store(bucket: Bucket, monkeypatch) -> None:
     """obstore's own 12 at a time, of 8 MB, would take 100 MB."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(20_000_000))
     code = (
-        "import os, re, sys; from sharding.bucket_run import new_shard\n"
+        "import os, re, sys; from sharding.bucket.run import new_shard\n"
         "with new_shard(sys.argv[1], 0) as new:\n"
         "    for _ in range(120): new.stream.write(os.urandom(1 << 20))\n"
         "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"

@@ -23,8 +23,9 @@ from conftest import ROOT, hashes, run_script, without_privileges, write_pairs
 
 import create_webdataset as core
 import read_webdataset
-from sharding import folder, folder_run
 from sharding.errors import InputError, PackError, explain
+from sharding.folder import dataset as folder
+from sharding.folder import run as folder_run
 from sharding.listing import list_samples
 from sharding.plan import PLAN, Plan
 from sharding.run import STOPPING, Run, finish, pack

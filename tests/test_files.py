@@ -17,9 +17,9 @@ import webdataset as wds
 from conftest import ROOT, members, write_pairs
 
 from create_webdataset import create_webdataset
-from sharding import files
 from sharding.errors import PackError
-from sharding.folder_run import GONE, new_shard, remove_leftovers
+from sharding.folder import source as files
+from sharding.folder.run import GONE, new_shard, remove_leftovers
 from sharding.listing import list_samples
 from sharding.pack import write_shard
 
@@ -118,7 +118,7 @@ MEASURE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from create_webdataset import create_webdataset
-from sharding import files
+from sharding.folder import source as files
 files.SLOW_READ = float(sys.argv[4])
 create_webdataset(sys.argv[2], sys.argv[3], 0, 1)
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

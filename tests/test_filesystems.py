@@ -16,9 +16,9 @@ import pytest
 from conftest import ROOT, Bucket, hashes, run_script, start_packing, write_pairs
 
 import read_webdataset
-from sharding import folder
 from sharding.errors import InputError
-from sharding.mounts import LOCK
+from sharding.folder import dataset as folder
+from sharding.folder.mounts import LOCK
 from sharding.plan import PLAN
 from sharding.shards import shard_name
 
@@ -57,7 +57,7 @@ def test_inode_numbers_that_change(preload: str, tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, ""), done
         assert sorted(os.listdir(output)) == FEW
     code = (
-        "import sys; from sharding.folder import identify; "
+        "import sys; from sharding.folder.dataset import identify; "
         "assert identify(sys.argv[1:]) == identify(sys.argv[1:])"
     )
     subprocess.run(

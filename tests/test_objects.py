@@ -16,7 +16,7 @@ from obstore.exceptions import GenericError
 import create_with_ray
 from create_webdataset import main as create
 from read_webdataset import main as read
-from sharding import objects
+from sharding.bucket import source as objects
 from sharding.errors import InputError, PackError
 from sharding.listing import list_samples
 from sharding.pack import write_shard

@@ -14,8 +14,8 @@ from conftest import hashes, members, run_script, write_pairs
 
 import read_webdataset as reader
 from sharding.errors import InputError, PackError
-from sharding.folder import STAGING, staging_folders
-from sharding.folder_run import LEFT, all_shards
+from sharding.folder.dataset import STAGING, staging_folders
+from sharding.folder.run import LEFT, all_shards
 from sharding.listing import list_samples
 from sharding.plan import PLAN
 from sharding.run import Run, finish, load, pack

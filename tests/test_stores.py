@@ -20,10 +20,10 @@ from proxy import Answer, Lie, Lost, Request
 from create_webdataset import create_webdataset
 from create_webdataset import main as create
 from read_webdataset import main as read
-from sharding import claim, store, streams
 from sharding import run as runs
-from sharding.bucket import PLAN
-from sharding.bucket_run import PACKED
+from sharding.bucket import claim, store, streams
+from sharding.bucket.dataset import PLAN
+from sharding.bucket.run import PACKED
 from sharding.errors import PackError
 from sharding.listing import list_samples
 

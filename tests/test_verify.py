@@ -25,7 +25,8 @@ from PIL import Image
 
 import create_webdataset as core
 import read_webdataset as reader
-from sharding import archive, files, images, verify
+from sharding import archive, images, verify
+from sharding.folder import source as files
 from sharding.shards import shard_name
 
 SOAK = bool(os.environ.get("SOAK"))

@@ -14,8 +14,8 @@ import secrets
 from collections.abc import Container
 
 from sharding.errors import InputError, PackError, argument, explain, warn
-from sharding.folder import MARKER, STAGING, cut_short, is_publishing
-from sharding.mounts import LOCK, denied, make_folder, remove_folder
+from sharding.folder.dataset import MARKER, STAGING, cut_short, is_publishing
+from sharding.folder.mounts import LOCK, denied, make_folder, remove_folder
 from sharding.plan import PLAN
 from sharding.shards import MAX_SHARDS, PARTIAL_PATTERN
 

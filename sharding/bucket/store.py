@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -279,10 +280,18 @@ def apart(module: str, function: str, *arguments: Any) -> Any:
 
     A process that has used obstore must not fork, and a training forks its workers.
     """
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from sharding.store import _answer; "
+    here = str(Path(__file__).resolve().parents[2])
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from sharding.bucket import store; "
     with subprocess.Popen(
-        [sys.executable, "-c", code + "_answer()", here, module, function, json.dumps(arguments)],
+        [
+            sys.executable,
+            "-c",
+            code + "store._answer()",
+            here,
+            module,
+            function,
+            json.dumps(arguments),
+        ],
         stdin=subprocess.PIPE,  # which closes when this process ends: see `_end_with_parent`
         stdout=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C ends it through us

@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 import obstore
 
+from sharding.bucket.store import apart, check_bucket, connect, saying, split
+from sharding.bucket.streams import FIRST_RANGE, LARGEST_RANGE, Ranges
 from sharding.errors import PackError
 from sharding.shards import SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards, shard_number
-from sharding.store import apart, check_bucket, connect, saying, split
-from sharding.streams import FIRST_RANGE, LARGEST_RANGE, Ranges
 from sharding.urls import canonical
 
 PLAN = ".webdataset-plan"  # stands beside the shards until all are there; see claim.py
@@ -25,7 +25,7 @@ UNFINISHED = "a run is not finished; finish it with --resume"
 
 def find_shards(path: str) -> Found:
     """Return the shards at a prefix, or those that a pattern names."""
-    shards, faults, whole = apart("bucket", "list_shards", path)
+    shards, faults, whole = apart("bucket.dataset", "list_shards", path)
     return Found(shards, [(kind, name) for kind, name in faults], whole)
 
 
@@ -60,7 +60,7 @@ def objects_at(url: str) -> dict[str, Any]:
 
 def identify(shards: Sequence[str]) -> Any:
     """Return what distinguishes these shards from others that replace them."""
-    return apart("bucket", "etags", list(shards))
+    return apart("bucket.dataset", "etags", list(shards))
 
 
 def etags(urls: Iterable[str]) -> list[str | None]:

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import obstore
 
-from sharding.bucket import PLAN, UNFINISHED, objects_at
-from sharding.claim import (
+from sharding.bucket.claim import (
     PROBE,
     RUN,
     Mark,
@@ -40,6 +39,9 @@ from sharding.claim import (
     split_run,
     swap,
 )
+from sharding.bucket.dataset import PLAN, UNFINISHED, objects_at
+from sharding.bucket.store import check_bucket, saying, version_of
+from sharding.bucket.streams import Upload
 from sharding.errors import AlreadyDone, InputError, PackError, argument, count, warn
 from sharding.plan import (
     Plan,
@@ -62,8 +64,6 @@ from sharding.shards import (
     warn_of_more,
     warn_of_strays,
 )
-from sharding.store import check_bucket, saying, version_of
-from sharding.streams import Upload
 from sharding.urls import canonical, is_url
 
 if TYPE_CHECKING:

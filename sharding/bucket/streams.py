@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import obstore
 
+from sharding.bucket.store import connect, insist, quoted, saying, split
 from sharding.errors import PackError
 from sharding.shards import REPLACED
-from sharding.store import connect, insist, quoted, saying, split
 
 FIRST_RANGE, LARGEST_RANGE = 256 << 10, 8 << 20  # bytes that a request asks for
 NEAR = 2 << 20  # bytes; to read on that far takes no longer than a new request

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sharding import plan as plans
 from sharding.errors import InputError, PackError, argument, count, explain, naming, warn
-from sharding.folder import (
+from sharding.folder.dataset import (
     MARKER,
     cut_short,
     is_publishing,
@@ -32,10 +32,21 @@ from sharding.folder import (
     refuse_cut_short,
     staging_folders,
 )
-from sharding.mounts import LOCK as LOCK
-from sharding.mounts import denied, make_folder, remove_folder, unlock
-from sharding.mounts import lock_output as lock_output  # which `places.Output` has, as the next
-from sharding.mounts import settle as settle
+from sharding.folder.mounts import LOCK as LOCK
+from sharding.folder.mounts import denied, make_folder, remove_folder, unlock
+from sharding.folder.mounts import (
+    lock_output as lock_output,  # which `places.Output` has, as the next
+)
+from sharding.folder.mounts import settle as settle
+from sharding.folder.staging import GONE as GONE
+from sharding.folder.staging import (
+    clear,
+    lost_runs,
+    make_staging,
+    new_staging,
+    remove_leftovers,
+    remove_staging,
+)
 from sharding.plan import (
     PLAN,
     Plan,
@@ -58,15 +69,6 @@ from sharding.shards import (
     shard_name,
     warn_of_more,
     warn_of_strays,
-)
-from sharding.staging import GONE as GONE
-from sharding.staging import (
-    clear,
-    lost_runs,
-    make_staging,
-    new_staging,
-    remove_leftovers,
-    remove_staging,
 )
 
 if TYPE_CHECKING:

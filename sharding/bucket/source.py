@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import obstore
 
 from sharding.batch import CHANGED, STAMP, Batch, in_order, new_stamp
+from sharding.bucket.store import check_bucket, connect, insist, saying, split, version_of
+from sharding.bucket.streams import Ranges
 from sharding.errors import InputError, PackError
 from sharding.samples import Samples
-from sharding.store import check_bucket, connect, insist, saying, split, version_of
-from sharding.streams import Ranges
 
 if TYPE_CHECKING:
     from sharding.scan import FolderScan, Scan

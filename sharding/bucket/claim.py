@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
-from sharding.bucket import PLAN, objects_at
+from sharding.bucket.dataset import PLAN, objects_at
+from sharding.bucket.store import connect, quoted, saying, split, version_of
+from sharding.bucket.streams import Ranges
 from sharding.errors import InputError, PackError
 from sharding.plan import Plan, load_plan, no_run
 from sharding.shards import SHARD_PATTERN
-from sharding.store import connect, quoted, saying, split, version_of
-from sharding.streams import Ranges
 
 PROBE = ".webdataset-probe-"  # and the id of a run: what it tries a store on
 

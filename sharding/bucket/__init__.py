@@ -1,0 +1,1 @@
+"""What only a bucket does: list and read objects, find shards, run into it. Needs obstore."""

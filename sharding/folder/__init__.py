@@ -1,0 +1,1 @@
+"""What only a folder does: list and read raw files, find shards, run into it."""
