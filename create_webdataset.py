@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any
 
-from sharding import run as runs
 from sharding.batch import in_order
 from sharding.command import (
     Parser,
@@ -23,12 +21,12 @@ from sharding.command import (
     number_from,
     one_line_errors,
     plain_interrupt,
+    refuse_others,
     require,
 )
-from sharding.errors import InputError, PackError, StopRun, argument, explain
+from sharding.errors import attempt
 from sharding.listing import list_samples
-from sharding.pack import begin_shard, write_shard
-from sharding.places import output_at
+from sharding.run import Direct, Run, check_driver, load, start_direct
 from sharding.samples import deal
 from sharding.shards import MAX_SHARDS, Progress, Shard, check_shard_numbers
 from sharding.urls import is_url
@@ -40,56 +38,48 @@ EXAMPLES = """examples:
   python create_webdataset.py --source raw --output out --shard-id 0 --total-shards 64 \\
       --shard-step 8
 """
-T = TypeVar("T")
 STORING = 2  # shards that are stored while the next one is packed
-PackShard = Callable[[int, Progress], Callable[[], Shard]]  # returns its last step; see begin_shard
 
 
 def create_webdataset(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Run | Direct,
     output: str | os.PathLike[str],
     shard_id: int,
     total_shards: int,
     fields: str | Iterable[str] = "jpg,txt",
-    optional_fields: str | Iterable[str] = (),
-    replace_dots: str | None = None,
-    skip_bad: bool = False,
-    shuffle: int | None = None,
+    *,
     progress: Progress | None = None,
+    store: bool = True,
+    **flags: Any,
 ) -> Shard:
     """Pack one shard: every sample i of the source with i % total_shards == shard_id.
 
     The shard appears under its name only when it is whole and on the disk.
 
     Args:
-        source, fields, optional_fields, replace_dots, skip_bad, shuffle: see `list_samples`.
+        source: the folder or URL of the raw files; or a run that was started, whose samples,
+            output and number of shards are settled.
         output: the folder for the shard, made if missing.
         shard_id, total_shards: which shard to pack, 0 <= shard_id < total_shards.
+        fields: the files of a sample; this and the flags are those of `list_samples`.
         progress: called with the number of samples that have just been packed.
+        store: False leaves the last step to the caller; see `Shard.store`.
+        flags: optional_fields, replace_dots, skip_bad, shuffle.
 
     Raises:
         InputError: the source or the shard numbers are bad; nothing was written.
         PackError, OSError: packing failed; no shard appeared.
     """
-    listing = list_samples(
-        source,
-        fields,
-        optional_fields=optional_fields,
-        replace_dots=replace_dots,
-        skip_bad=skip_bad,
-        shuffle=shuffle,
-    )
-    check_shard_numbers(total_shards, len(listing.samples), shard_id)
-    samples = deal(listing.samples, shard_id, total_shards)  # [shard_id::total_shards]
-    where, folder = output_at(output), os.fspath(output)
-    where.check_output(folder, listing)
-    where.prepare(folder, [shard_id], total_shards)
-    shard = write_shard(listing.source, samples, folder, shard_id, progress)
-    where.settle(folder)
-    return shard
+    run = source
+    if not isinstance(run, (Run, Direct)):
+        listing = list_samples(run, fields, **flags)
+        run = start_direct(listing, output, range(shard_id, shard_id + 1), total_shards)
+    samples = run.samples(shard_id)  # of all samples, [shard_id::total_shards]
+    shard = run.pack(shard_id, samples, progress)  # one tar, written from them
+    return shard.store() if store else shard
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the command line of this script."""
     parser = Parser(USAGE, "Pack one shard (or every K-th) of a folder of samples.", EXAMPLES)
     add_source_arguments(parser)
@@ -107,97 +97,55 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_shards(args: argparse.Namespace, total_shards: int) -> range:
-    """Return the shard ids that --shard-id and --shard-step choose."""
-    return range(args.shard_id, total_shards, args.shard_step or total_shards)
-
-
-def prepare_direct(args: argparse.Namespace) -> tuple[range, int, PackShard]:
-    """Prepare to pack straight into --output; the source is listed once for all shards.
-
-    Returns:
-        The shard ids, their number of samples, and what packs one.
-    """
-    require(args, "source", "output", "total_shards", "shard_id")
-    total = args.total_shards
-    listing = list_source(args)
-    check_shard_numbers(total, len(listing.samples), args.shard_id)
-    where = output_at(args.output)
-    where.check_output(args.output, listing)
-    shard_ids = chosen_shards(args, total)
-    shards = {shard_id: deal(listing.samples, shard_id, total) for shard_id in shard_ids}
-    where.prepare(args.output, shard_ids, total)
-
-    def pack(shard_id: int, progress: Progress) -> Callable[[], Shard]:
-        return begin_shard(listing.source, shards[shard_id], args.output, shard_id, progress)
-
-    return shard_ids, sum(map(len, shards.values())), pack
-
-
-def prepare_staged(args: argparse.Namespace) -> tuple[range, int, PackShard]:
-    """Prepare to pack shards of the run in --run; returns what `prepare_direct` does."""
+def open_run(args: argparse.Namespace) -> tuple[Run | Direct, range, int]:
+    """Return what the flags say to pack from, which shards of it, and the number of all samples."""
+    if args.run is None:
+        require(args, "source", "output", "total_shards", "shard_id")
+        listing, total = list_source(args), args.total_shards
+        shard_ids = range(args.shard_id, total, args.shard_step or total)
+        return start_direct(listing, args.output, shard_ids, total), shard_ids, len(listing.samples)
     require(args, "run", "shard_id")
-    plain = build_parser().parse_args([])
-    for name, value in vars(args).items():
-        if name not in ("run", "shard_id", "shard_step") and value != getattr(plain, name):
-            message = f"{argument('run')} names a run that has a plan"
-            raise InputError(f"{message}: leave out {argument(name)}")
-    run = runs.load(args.run)
-    if run.plan.driver is not None:
-        sys.argv[0] = "run_parallel.sh"  # this is a step of that script: its name begins the errors
-    total, parent = run.plan.total_shards, os.getppid()  # the driver, or an interpreter's wrapper
-    check_shard_numbers(total, run.plan.total_samples, args.shard_id)
-    shard_ids = chosen_shards(args, total)
-
-    def pack(shard_id: int, progress: Progress) -> Callable[[], Shard]:
-        runs.check_driver(run, parent)
-        return runs.begin_pack(run, shard_id, progress)
-
-    places = range(run.plan.total_samples)
-    return shard_ids, sum(len(deal(places, shard_id, total)) for shard_id in shard_ids), pack
+    refuse_others(build_parser(), args, "run", "shard_id", "shard_step")
+    run = load(args.run)
+    check_shard_numbers(run.total_shards, run.plan.total_samples, args.shard_id)
+    shard_ids = range(args.shard_id, run.total_shards, args.shard_step or run.total_shards)
+    return run, shard_ids, run.plan.total_samples
 
 
-def attempt(shard_id: int, step: Callable[[], T]) -> tuple[int, T | Exception]:
-    """Do a step of packing a shard; return its number, and what the step gave or what went wrong.
+def pack_each(
+    run: Run | Direct, shard_ids: range, progress: Progress
+) -> Iterator[tuple[int, Shard | Exception]]:
+    """Pack shards one after the other; the last few are stored while the next one is packed.
 
-    Raises:
-        StopRun: the rest would fail, too.
+    Yields:
+        (shard id, the shard or what went wrong with it), in order.
     """
-    try:
-        return shard_id, step()
-    except StopRun:
-        raise
-    except (PackError, OSError) as error:
-        return shard_id, error
+    parent = os.getppid()  # of a worker: the driver, or an interpreter's wrapper
+
+    def pack(shard_id: int) -> Shard | Exception:
+        if isinstance(run, Run):
+            check_driver(run, parent)
+        return attempt(
+            lambda: create_webdataset(
+                run, run.path, shard_id, run.total_shards, progress=progress, store=False
+            )
+        )
+
+    def store(shard: Shard | Exception) -> Shard | Exception:
+        return attempt(shard.store) if isinstance(shard, Shard) else shard
+
+    with ThreadPoolExecutor(STORING) as pool:
+        shards = in_order(pool, store, map(pack, shard_ids), STORING + 1)
+        yield from zip(shard_ids, shards, strict=True)
 
 
 def pack_all(args: argparse.Namespace) -> int:
     """Pack all the shards that the flags name; return the exit code."""
-    shard_ids, samples, pack = prepare_direct(args) if args.run is None else prepare_staged(args)
-    failed = False
-
-    def begin(shard_id: int) -> tuple[int, Callable[[], Shard] | Exception]:
-        return attempt(shard_id, lambda: pack(shard_id, bar.update))
-
-    def finish(
-        begun: tuple[int, Callable[[], Shard] | Exception],
-    ) -> tuple[int, Shard | Exception]:
-        shard_id, last_step = begun
-        if isinstance(last_step, Exception):
-            return shard_id, last_step
-        return attempt(shard_id, last_step)
-
-    bar = ProgressBar(samples, position=args.shard_id if args.run else 0)
-    with bar, ThreadPoolExecutor(STORING) as pool:
-        for shard_id, outcome in in_order(pool, finish, map(begin, shard_ids), STORING + 1):
-            if isinstance(outcome, Shard):
-                bar.say(outcome.report(), sys.stdout)
-            else:
-                bar.say(f"Shard {shard_id} failed: {explain(outcome)}", sys.stderr)
-                failed = True
-    if not args.run:
-        output_at(args.output).settle(args.output)
-    return 1 if failed else 0
+    run, shard_ids, samples = open_run(args)
+    dealt = (deal(range(samples), shard_id, run.total_shards) for shard_id in shard_ids)
+    with ProgressBar(sum(map(len, dealt)), position=args.shard_id if args.run else 0) as bar:
+        done = [bar.report(*outcome) for outcome in pack_each(run, shard_ids, bar.update)]
+    return 0 if all(done) else 1
 
 
 @one_line_errors

@@ -25,9 +25,8 @@ from sharding.command import (
 )
 from sharding.errors import InputError, PackError, count, explain
 from sharding.faults import left_out, open_report
-from sharding.listing import Listing
 from sharding.places import dataset_at
-from sharding.samples import parse_fields
+from sharding.samples import Listing, parse_fields
 from sharding.shards import MAX_SHARDS, shard_number
 from sharding.training import count_samples, open_webdataset
 from sharding.urls import is_url, refuse_url

@@ -24,8 +24,7 @@ from sharding.command import (
     run_options,
 )
 from sharding.errors import AlreadyDone, InputError
-from sharding.places import output_at
-from sharding.run import STOPPING, finish, load, start
+from sharding.run import STOPPING, finish, start
 from sharding.urls import canonical
 
 USAGE = "python sharding start [options] | python sharding publish --run DIR"
@@ -56,19 +55,19 @@ def start_run(argv: Sequence[str]) -> int:
     args = build_start_parser(for_bash).parse_args(argv)
     options = run_options(args)
     try:
-        run, _lock = start(list_source(args), **options, driver=args.hold)
+        run = start(list_source(args), **options, driver=args.hold)
     except AlreadyDone as done:
         if not for_bash:
             raise
         print(f"\0{done}\0", end="")
         return 0
     if args.hold is None:
-        sys.stdout.buffer.write(os.fsencode(run.folder) + b"\n")
+        sys.stdout.buffer.write(os.fsencode(run.path) + b"\n")
         return 0
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)  # the lock goes last
     workers = min(args.num_workers or NUM_WORKERS, run.plan.total_shards)
-    sys.stdout.buffer.write(os.fsencode(run.folder) + b"\0%d\0" % workers)
+    sys.stdout.buffer.write(os.fsencode(run.path) + b"\0%d\0" % workers)
     sys.stdout.flush()
     # Bash cannot hold a lock, but it and its workers hold the other end of this pipe.
     poll = select.poll()
@@ -84,15 +83,7 @@ def publish_run(argv: Sequence[str]) -> int:
     parser.add_argument("--run", metavar="DIR", required=True, help="what `start` printed")
     args = parser.parse_args(argv)
     require(args, "run")
-    folder = canonical(args.run)
-    where = output_at(folder)
-    if where.finish_cut(folder):
-        raise AlreadyDone
-    run = load(folder)
-    if run.plan.driver is None:
-        where.lock_output(run.output)
-    else:  # this is the last step of run_parallel.sh, which holds the lock
-        sys.argv[0] = "run_parallel.sh"
+    run = canonical(args.run)
     print(finish(run))
     return 0
 

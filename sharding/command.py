@@ -15,9 +15,10 @@ from typing import Any, NoReturn, TextIO
 
 from sharding.errors import AlreadyDone, InputError, PackError, argument, explain
 from sharding.faults import Report, open_report
-from sharding.listing import Listing, list_samples
+from sharding.listing import list_samples
 from sharding.run import can_catch
-from sharding.shards import MAX_SHARDS
+from sharding.samples import Listing
+from sharding.shards import MAX_SHARDS, Shard
 from sharding.urls import refuse_url
 
 NUM_WORKERS = 4  # of a driver, by default
@@ -52,6 +53,15 @@ def require(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) in (None, ""):
             raise InputError(f"{argument(name)} is required (see --help)")
+
+
+def refuse_others(parser: Parser, args: argparse.Namespace, first: str, *more: str) -> None:
+    """Refuse any flag beside the first one but these."""
+    plain = parser.parse_args([])
+    for name, value in vars(args).items():
+        if name not in (first, *more) and value != getattr(plain, name):
+            message = f"{argument(first)} names a run that has a plan"
+            raise InputError(f"{message}: leave out {argument(name)}")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the source") -> None:
@@ -133,6 +143,15 @@ class ProgressBar:
         """Print a line, in one write: other processes print, too."""
         with self.bar.external_write_mode() if self.bar else contextlib.nullcontext():
             print(line + "\n", end="", file=stream, flush=True)
+
+    def report(self, shard_id: int, outcome: Shard | Exception) -> bool:
+        """Say what became of a shard; tell whether it was packed."""
+        packed = isinstance(outcome, Shard)
+        if isinstance(outcome, Shard):
+            self.say(outcome.report(), sys.stdout)
+        else:
+            self.say(f"Shard {shard_id} failed: {explain(outcome)}", sys.stderr)
+        return packed
 
     def __enter__(self) -> ProgressBar:
         return self

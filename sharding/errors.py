@@ -6,8 +6,10 @@ import contextlib
 import errno
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
+T = TypeVar("T")
 CURES = {  # where the system's own words do not say what to do
     errno.EFBIG: "a file grew beyond the limit (ulimit -f): use more shards",
     errno.EPIPE: "the reader of this output has gone away",
@@ -71,6 +73,20 @@ def explain(error: BaseException) -> str:
     if not isinstance(error, InputError):  # whose lines are faults of several kinds
         lines = [" ".join(lines)[:1_000]]
     return "\n".join(lines) or type(error).__name__
+
+
+def attempt(step: Callable[[], T]) -> T | Exception:
+    """Return what a step of the work gives, or the error with which it failed.
+
+    Raises:
+        StopRun: the rest of the work would fail, too.
+    """
+    try:
+        return step()
+    except StopRun:
+        raise
+    except (PackError, OSError) as error:
+        return error
 
 
 @contextlib.contextmanager

@@ -15,26 +15,13 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from sharding.errors import InputError, argument, warn
 from sharding.faults import Report
 from sharding.places import source_at
-from sharding.samples import Fields, Samples, parse_fields
+from sharding.samples import Listing, parse_fields
 from sharding.scan import Scan
-from sharding.urls import canonical, is_url
-
-
-class Listing(NamedTuple):
-    """What a source holds."""
-
-    started: float  # seconds since the epoch
-    source: str
-    fields: Fields
-    samples: Samples  # in the order in which they are dealt to the shards
-    ignored: dict[str, int]  # names that are no part of a sample: extension -> how many
-    skipped: dict[str, int]  # what `skip_bad` dropped: reason -> how many
-    shuffle: int | None = None  # the seed, if any
+from sharding.urls import without_slash
 
 
 def list_samples(
@@ -68,14 +55,14 @@ def list_samples(
     if replace_dots is not None and not re.fullmatch(r"[^\s./\\\0]", replace_dots):
         raise InputError(f"{argument('replace_dots')} takes one character, such as _")
     parsed = parse_fields(fields, optional_fields)
-    as_given = canonical(source) if is_url(source, "source") else os.fspath(source)
-    scan = Scan(as_given, parsed, replace_dots, skip_bad, report or Report())
+    where = source_at(source)
+    scan = Scan(without_slash(source), parsed, replace_dots, skip_bad, report or Report())
     scan.report.open()
     with _without_collector():
-        source_at(source).list_files(scan)
+        where.list_files(scan)
     skipped = scan.skipped()
     if not skip_bad or not scan.keys:
-        scan.refuse()
+        scan.refuse(where.NOTHING)
     if skip_bad and sum(skipped.values()) > len(scan.keys):
         names = f"{sum(skipped.values()):,} bad names"
         warn(f"{len(scan.keys):,} samples are left beside {names}; are the fields right?")

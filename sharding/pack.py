@@ -3,63 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import BinaryIO
 
 from sharding.archive import FastTarWriter
 from sharding.batch import new_stamp
 from sharding.places import output_at, source_at
 from sharding.samples import Samples
-from sharding.shards import Progress, Shard
+from sharding.shards import PackedShard, Progress, Shard
 
 
-def begin_shard(
+def pack_shard(
     source: str,
     samples: Samples,
-    folder: str,
+    path: str,
     shard_id: int,
     progress: Progress | None = None,
+    how: str = "created",
     staged: bool = False,
-) -> Callable[[], Shard]:
-    """Write one tar of these samples, and return a function that does the last step.
-
-    That step stores the shard and gives it its name. It waits for a disk or a store about as long
-    as it takes to pack a small shard, so another thread can do it while the next one is packed.
+) -> Shard:
+    """Write one tar of these samples; the shard appears when it is stored, see `Shard.store`.
 
     Args:
-        folder: where the shard goes: an output, or the folder of a run.
-        staged: it is the folder of a run, where the shard waits under the stamp of its files.
+        path: where the shard goes: an output, or a run.
+        how: see `Shard`.
+        staged: it is a run, in which the shard waits under the stamp of its files.
 
     Raises:
-        PackError, OSError: packing failed, now or in the last step; no shard appeared.
+        PackError, OSError: packing failed; no shard appears.
     """
     with contextlib.ExitStack() as stack:
-        new = stack.enter_context(output_at(folder).new_shard(folder, shard_id))
+        new = stack.enter_context(output_at(path).new_shard(path, shard_id))
         stamp = write_samples(new.stream, source, samples, progress)
         if staged:
             new.stamp = stamp
-        rest = stack.pop_all()
-
-    def finish() -> Shard:
-        rest.close()
-        return Shard(shard_id, len(samples), new.size, new.path)
-
-    return finish
-
-
-def write_shard(
-    source: str,
-    samples: Samples,
-    folder: str,
-    shard_id: int,
-    progress: Progress | None = None,
-) -> Shard:
-    """Write one tar of these samples: it appears when it is whole and stored, or not at all.
-
-    Raises:
-        PackError, OSError: packing failed; no shard appeared.
-    """
-    return begin_shard(source, samples, folder, shard_id, progress)()
+        packed = PackedShard(new, stack.pop_all())
+        return Shard(shard_id, len(samples), how=how, packed=packed)
 
 
 def write_samples(

@@ -6,19 +6,16 @@ The two offer the same names, so nothing else needs to know which of them it wor
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
-from sharding.shards import Found, NewShard
+from sharding.batch import Batch
+from sharding.plan import Plan, Published
+from sharding.samples import Listing, Samples
+from sharding.scan import Scan
+from sharding.shards import Found, Left, NewShard
 from sharding.urls import is_url
-
-if TYPE_CHECKING:
-    from sharding.batch import Batch
-    from sharding.listing import Listing
-    from sharding.plan import Plan
-    from sharding.samples import Samples
-    from sharding.scan import Scan
 
 
 class Dataset(Protocol):
@@ -66,85 +63,69 @@ class Output(Protocol):
         """
 
     def prepare(self, output: str, shard_ids: Container[int], total_shards: int) -> None:
-        """Prepare for single shards that are written without a run."""
+        """Prepare for single shards that are written without a run.
 
-    def settle(self, output: str) -> None:
-        """End what `prepare` began."""
+        Raises:
+            PackError: a run is not finished there.
+        """
 
     def begin(
         self, output: str, plan: Plan, samples: Samples, resume: bool, replace: bool
-    ) -> tuple[str, Plan, int]:
-        """Begin a run: the only one there; what others left is finished, taken over or cleared.
-
-        Args:
-            resume, replace: see `run.start`.
+    ) -> tuple[str, Plan, int | None]:
+        """Begin a run: the only one there; what dead runs left is finished, taken over or cleared.
 
         Returns:
-            How the run is named from now on; its plan with the digest of its samples; a
-            descriptor that holds its lock, or -1.
+            The path of the run: the name by which all others know it; its plan with the digest of
+            its samples; a descriptor that holds its lock, if locks are descriptors there.
 
         Raises:
-            PackError: another run is at work there.
-            InputError: shards that another run had finished would be lost.
+            InputError: shards that a dead run had finished would be lost.
+            PackError: another run is at work there, or may be.
         """
 
-    def read_plan(self, folder: str) -> Plan:
+    def read_plan(self, run: str, /) -> Plan:
         """Return the plan of a run."""
 
-    def read_shards(self, folder: str, shard_ids: Iterable[int]) -> Iterator[Samples]:
-        """Yield the samples of each of these shards of a run."""
+    def read_samples(self, run: str, shard_id: int, /) -> Samples:
+        """Return the samples of a shard of a run."""
 
-    def left_shards(self, folder: str) -> Mapping[int, Sequence[object]]:
-        """Return what an interrupted run had finished: by the number of the shard."""
+    def find_left(self, run: str, shard_id: int, stamp: Callable[[], str], /) -> Left | None:
+        """Return what a dead run had finished of a shard, if anything; delete what is outdated.
 
-    def find_kept(self, folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
-        """Return path and size of one of these, if it has this stamp; delete its other versions."""
-
-    def new_shard(self, folder: str, shard_id: int) -> AbstractContextManager[NewShard]:
-        """Write a shard: it appears when the context ends, whole, or not at all.
-
-        Raises:
-            PackError, OSError: it could not be written.
+        Args:
+            stamp: gives that of the samples, if it is needed.
         """
 
-    def kept_shards(self, folder: str) -> list[int]:
-        """Return which finished shards an earlier run had packed."""
+    def new_shard(self, path: str, shard_id: int, /) -> AbstractContextManager[NewShard]:
+        """Write a shard of a run, or straight into an output: it appears when the context ends.
 
-    def count_published(self, output: str) -> int:
-        """Return how many shards a run would replace."""
+        Raises:
+            PackError, OSError: it could not be written; it does not appear.
+        """
 
-    def publish(self, folder: str, plan: Plan) -> list[int]:
-        """Make the shards of a run the dataset; return their sizes in bytes.
+    def publish(self, run: str, lock: int | None, /) -> Published:
+        """Make the shards of a run the dataset.
+
+        Args:
+            lock: what `begin` gave; None where another process began the run.
 
         Raises:
             PackError: some are missing; the previous dataset, if any, is untouched.
+            AlreadyDone: the run was cut short while it was published, which is finished now.
         """
-
-    def finish_cut(self, folder: str) -> bool:
-        """Finish a run that was cut short while it was publishing; tell whether there was one."""
-
-    def lock_output(self, output: str) -> int:
-        """Take the lock of an output for publishing; return what holds it, or -1."""
-
-    def may_write(self, folder: str) -> bool:
-        """Tell whether shards of a run may be written from here, as far as that can be told."""
 
 
 class Source(Protocol):
     """Where the raw files of samples are."""
 
+    NOTHING: str  # what is said of an empty one; "{cure}" stands for the usual cure
+
     def list_files(self, scan: Scan) -> None:
-        """List all files below a source, and tell the scan of each.
+        """List all files below a source, and hand their names to the scan, folder by folder.
 
         Raises:
             InputError: the source cannot be listed.
         """
-
-    def may_read(self, source: str, paths: list[str]) -> bool:
-        """Tell whether these files may be read, as far as that can be told without reading."""
-
-    def listed_bytes(self, samples: Samples) -> int:
-        """Return the bytes that must be fetched to pack these samples."""
 
     def read_batches(self, source: str, samples: Samples) -> Generator[Batch, None, None]:
         """Yield all samples in order, a batch at a time, read ahead where files open slowly.
@@ -164,31 +145,31 @@ class Source(Protocol):
 def dataset_at(path: str | os.PathLike[str]) -> Dataset:
     """Return the module that finds and opens shards there."""
     if is_url(path, "path"):
-        from sharding.bucket import dataset as bucket
+        from sharding.bucket import dataset as in_bucket
 
-        return bucket
-    from sharding.folder import dataset as folder
+        return in_bucket
+    from sharding.folder import dataset as in_folder
 
-    return folder
+    return in_folder
 
 
 def source_at(path: str | os.PathLike[str]) -> Source:
     """Return the module that lists and reads a source there."""
     if is_url(path, "source"):
-        from sharding.bucket import source as objects
+        from sharding.bucket import source as in_bucket
 
-        return objects
-    from sharding.folder import source as files
+        return in_bucket
+    from sharding.folder import source as in_folder
 
-    return files
+    return in_folder
 
 
 def output_at(path: str | os.PathLike[str]) -> Output:
     """Return the module that writes shards there."""
     if is_url(path, "output"):
-        from sharding.bucket import run as bucket_run
+        from sharding.bucket import run as in_bucket
 
-        return bucket_run
-    from sharding.folder import run as folder_run
+        return in_bucket
+    from sharding.folder import run as in_folder
 
-    return folder_run
+    return in_folder

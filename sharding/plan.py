@@ -11,15 +11,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from sharding.errors import InputError, PackError, StopRun, argument, count, naming
+from sharding.errors import InputError, PackError, argument, count
 from sharding.samples import Sample, Samples, deal
-from sharding.urls import is_url
 
 PLAN = "plan"  # the name of the file, in the folder of a run
-_PLACE = "%015d\n"  # where in the file the samples of a shard begin
+_OFFSET = "%015d\n"  # where in the file the samples of a shard begin
 _NO_DIGEST = "0" * 32
 
 
@@ -37,9 +36,9 @@ class Plan(NamedTuple):
     driver: int | None  # the process without which no worker goes on; None for an array job
     usual: tuple[str, ...] = ()  # extensions of the samples whose line is their key alone
     run: str = ""  # in a bucket, the id of the run
-    source_bytes: int = 0  # that must be fetched: of a bucket, of all samples
     digest: str = _NO_DIGEST  # of the samples, as they are dealt, whatever their files hold
     shuffle: int | None = None  # the seed
+    versions: bool = False  # a line is key, tab, versions of the files; such keys hold no tab
 
     @property
     def begun(self) -> str:
@@ -47,92 +46,66 @@ class Plan(NamedTuple):
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.started))
 
 
+class Published(NamedTuple):
+    """What publishing a run did."""
+
+    plan: Plan
+    sizes: list[int]  # of its shards, in bytes
+    replaced: int = 0  # shards that were there before
+
+
 def dump_plan(stream: BinaryIO, plan: Plan, samples: Samples) -> Plan:
     """Write a plan to a stream that can seek, and return it with the digest of its samples."""
     total = plan.total_shards
-    plan = plan._replace(usual=samples[0].extensions)
+    plan = plan._replace(usual=samples[0].extensions, versions=bool(samples[0].listed))
     seen = hashlib.blake2b(repr(plan.usual).encode(), digest_size=len(_NO_DIGEST) // 2)
     stream.write(_header(plan))
-    first, places = stream.tell(), []
-    stream.write((_PLACE * (total + 1) % ((0,) * (total + 1))).encode())
+    first, offsets = stream.tell(), []
+    stream.write((_OFFSET * (total + 1) % ((0,) * (total + 1))).encode())
     for shard_id in range(total):
-        places.append(stream.tell())
+        offsets.append(stream.tell())
         dealt = deal(samples, shard_id, total)
         lines = _to_text(dealt, plan.usual).encode()
         stream.write(lines)
         if dealt.listed or dealt.odd:  # an object of another version is the same sample
             lines = _to_text(dealt.without_versions(), plan.usual).encode()
         seen.update(lines)
-    places.append(stream.tell())
+    offsets.append(stream.tell())
     stream.seek(first)
-    stream.write((_PLACE * (total + 1) % tuple(places)).encode())
+    stream.write((_OFFSET * (total + 1) % tuple(offsets)).encode())
     plan = plan._replace(digest=seen.hexdigest())
     stream.seek(0)
     stream.write(_header(plan))
     return plan
 
 
-def load_plan(stream: BinaryIO, name: str) -> Plan:
+def load_plan(stream: BinaryIO, name: str, remove: str) -> Plan:
     """Return the plan that a stream begins with.
 
     Args:
         name: path or URL of the plan, for errors.
+        remove: what to remove to give up a run whose plan is damaged, for errors.
 
     Raises:
         PackError: it is damaged.
     """
-    with _reading(name):
+    with _reading(name, remove):
         return _from_header(stream.readline())
 
 
-def load_shards(stream: BinaryIO, shard_ids: Iterable[int], name: str) -> Iterator[Samples]:
-    """Yield the samples of shards of the plan in a stream, which can seek; see `load_plan`.
+def load_samples(stream: BinaryIO, shard_id: int, name: str, remove: str) -> Samples:
+    """Return the samples of a shard of the plan in a stream, which can seek; see `load_plan`.
 
     Raises:
         PackError: it is damaged.
     """
-    with _reading(name):
+    with _reading(name, remove):
         plan = _from_header(stream.readline())
-        first, size = stream.tell(), len(_PLACE % 0)
-        for shard_id in shard_ids:
-            stream.seek(first + shard_id * size)
-            begin, end = int(stream.read(size)), int(stream.read(size))
-            stream.seek(begin)
-            yield _from_text(stream.read(end - begin).decode(), plan)
-
-
-def write_plan(folder: str, plan: Plan, samples: Samples) -> Plan:
-    """Write the plan of a run into its folder, and return it with its digest.
-
-    A whole plan is there at any time, the old one or the new one.
-    """
-    path = os.path.join(folder, PLAN)
-    with naming(path), open(f"{path}-new", "wb") as stream:
-        plan = dump_plan(stream, plan, samples)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(f"{path}-new", path)
-    return plan
-
-
-def read_plan(folder: str) -> Plan:
-    """Return the plan of the run in a folder.
-
-    Raises:
-        PackError: there is none, or it is damaged.
-    """
-    with _opening(folder) as (path, stream):
-        return load_plan(stream, path)
-
-
-def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[Samples]:
-    """Yield the samples of shards of the run in a folder.
-
-    Raises:
-        PackError: there is no plan, or it is damaged.
-    """
-    with _opening(folder) as (path, stream):
-        yield from load_shards(stream, shard_ids, path)
+        size = len(_OFFSET % 0)
+        stream.seek(shard_id * size, os.SEEK_CUR)
+        begin, end = int(stream.read(size)), int(stream.read(size))
+        stream.seek(begin)
+        return _from_text(stream.read(end - begin).decode(), plan)
 
 
 def no_run(folder: str) -> PackError:
@@ -211,26 +184,11 @@ def is_array_job(where: str, before: Plan, differs: Sequence[str], give_up: str)
 
 
 @contextlib.contextmanager
-def _opening(folder: str) -> Iterator[tuple[str, BinaryIO]]:
-    path = os.path.join(folder, PLAN)
-    try:
-        with open(path, "rb") as stream:
-            yield path, stream
-    except FileNotFoundError:
-        output = os.path.dirname(os.path.abspath(folder))
-        if not os.path.isdir(output):
-            raise StopRun(f"{output!r} is gone: was it removed or unmounted?") from None
-        why = "the run was published, resumed in a new folder, or removed"
-        raise PackError(f"{path!r} is gone: {why}") from None
-
-
-@contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(name: str, remove: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError):
-        what = "it and all objects beside it" if is_url(name) else "its folder"
-        message = f"{name!r} cannot be read; to give up that run, remove {what}"
+        message = f"{name!r} cannot be read; to give up that run, remove {remove}"
         raise PackError(message) from None
 
 
@@ -269,7 +227,7 @@ def _from_text(text: str, plan: Plan) -> Samples:
                 key, stem, extensions, versions = json.loads(line)
                 odd[key] = Sample(key, stem, tuple(extensions), versions)
                 lines[number] = key
-    if is_url(plan.source):  # a bucket, in whose keys there are no tabs
+    if plan.versions:
         for number, line in enumerate(lines):
             if line not in odd:
                 key, _, versions = line.rpartition("\t")

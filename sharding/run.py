@@ -6,21 +6,21 @@ finished shards; whoever knows that folder and a shard's number can pack the sha
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sharding.errors import StopRun, count
 from sharding.faults import left_out
-from sharding.listing import Listing
-from sharding.pack import begin_shard
+from sharding.pack import pack_shard
 from sharding.places import output_at, source_at
 from sharding.plan import Plan
+from sharding.samples import Listing, Samples, deal
 from sharding.shards import Progress, Shard, check_shard_numbers
-from sharding.urls import canonical, is_url
+from sharding.urls import canonical, real
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that ask a run to end
 
@@ -31,15 +31,76 @@ def can_catch() -> bool:
 
 
 class Run(NamedTuple):
-    """A run that has been started."""
+    """A run that has been started: its plan has the samples of each shard."""
 
-    folder: str  # in which its shards wait
+    path: str  # where its shards wait: a folder inside the output, or the URL that names it
     plan: Plan
+    lock: int | None = None  # descriptor that holds the lock of the output, if this process does
 
     @property
-    def output(self) -> str:
-        """Where the shards are in the end."""
-        return os.path.dirname(self.folder)
+    def total_shards(self) -> int:
+        """How many shards it packs."""
+        return self.plan.total_shards
+
+    def samples(self, shard_id: int) -> Samples:
+        """Return the samples of a shard: of all, [shard_id::total_shards]."""
+        return output_at(self.path).read_samples(self.path, shard_id)
+
+    def pack(self, shard_id: int, samples: Samples, progress: Progress | None) -> Shard:
+        """Write one tar of these samples, unless a dead run had finished it."""
+        source, how = self.plan.source, "created"
+        stamp = functools.partial(source_at(source).stamp_of, source, samples)
+        if left := output_at(self.path).find_left(self.path, shard_id, stamp):
+            if left.path:
+                if progress:
+                    progress(len(samples))
+                return Shard(shard_id, len(samples), left.size, left.path, "kept")
+            how = "created again"
+        return pack_shard(source, samples, self.path, shard_id, progress, how, staged=True)
+
+    def finish(self) -> str:
+        """Publish the run; see `finish`."""
+        return finish(self.path, self.lock)
+
+    def release(self) -> None:
+        """Let other runs into the output; else the lock ends with this process."""
+        if self.lock is not None:
+            os.close(self.lock)
+
+
+class Direct(NamedTuple):
+    """Single shards that are packed straight into an output, from one listing."""
+
+    path: str  # the output
+    listing: Listing
+    total_shards: int
+
+    def samples(self, shard_id: int) -> Samples:
+        """Return the samples of a shard."""
+        return deal(self.listing.samples, shard_id, self.total_shards)
+
+    def pack(self, shard_id: int, samples: Samples, progress: Progress | None) -> Shard:
+        """Write one tar of these samples."""
+        return pack_shard(self.listing.source, samples, self.path, shard_id, progress)
+
+
+def start_direct(
+    listing: Listing,
+    output: str | os.PathLike[str],
+    shard_ids: range,
+    total_shards: int,
+) -> Direct:
+    """Check everything that packing these shards straight into an output needs, and prepare it.
+
+    Raises:
+        InputError: bad input; nothing was written.
+        PackError: a run is not finished there.
+    """
+    path, where = os.fspath(output), output_at(output)
+    check_shard_numbers(total_shards, len(listing.samples), shard_ids.start)
+    where.check_output(path, listing)
+    where.prepare(path, shard_ids, total_shards)
+    return Direct(path, listing, total_shards)
 
 
 def start(
@@ -51,7 +112,7 @@ def start(
     resume: bool = False,
     replace: bool = False,
     driver: int | None = None,
-) -> tuple[Run, int]:
+) -> Run:
     """Check everything that a run needs, lock its output, and write its plan.
 
     What a dead run had finished of the same shards is kept.
@@ -67,7 +128,7 @@ def start(
         driver: id of the process without which no worker goes on; None for an array job.
 
     Returns:
-        The run, and the descriptor that holds the lock.
+        The run; it holds the lock of its output as long as this process lives.
 
     Raises:
         InputError: bad input, or shards that an interrupted run had finished would be lost;
@@ -90,46 +151,18 @@ def start(
         host=os.uname().nodename,
         driver=driver,
         shuffle=listing.shuffle,
-        source_bytes=source_at(listing.source).listed_bytes(samples),
     )
-    folder, plan, lock = where.begin(canonical(output), plan, samples, resume, replace)
-    return Run(folder, plan), lock
+    return Run(*where.begin(canonical(output), plan, samples, resume, replace))
 
 
-def load(folder: str) -> Run:
-    """Return the run in a folder.
+def load(path: str) -> Run:
+    """Return the run in a folder, or at a URL.
 
     Raises:
         PackError: there is none.
     """
-    folder = folder if is_url(folder) else os.path.realpath(folder)
-    return Run(folder, output_at(folder).read_plan(folder))
-
-
-def pack(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
-    """Pack one shard of a run, unless a dead run had finished it.
-
-    Raises:
-        PackError, OSError: packing failed.
-    """
-    return begin_pack(run, shard_id, progress)()
-
-
-def begin_pack(run: Run, shard_id: int, progress: Progress | None = None) -> Callable[[], Shard]:
-    """Do all of `pack` but its last step, and return a function that does it; see `begin_shard`."""
-    where, source = output_at(run.folder), run.plan.source
-    (samples,) = where.read_shards(run.folder, [shard_id])
-    how = "created"
-    if shard_id in where.left_shards(run.folder):
-        stamp = source_at(source).stamp_of(source, samples)
-        if kept := where.find_kept(run.folder, shard_id, stamp):
-            if progress:
-                progress(len(samples))
-            shard = Shard(shard_id, len(samples), kept[1], kept[0], "kept")
-            return lambda: shard
-        how = "created again"
-    finish = begin_shard(source, samples, run.folder, shard_id, progress, staged=True)
-    return lambda: finish()._replace(how=how)
+    path = real(path)
+    return Run(path, output_at(path).read_plan(path))
 
 
 def check_driver(run: Run, parent: int) -> None:
@@ -146,43 +179,29 @@ def check_driver(run: Run, parent: int) -> None:
         raise StopRun("the driver is gone, so its workers stop")
 
 
-def finish(run: Run) -> str:
+def finish(path: str, lock: int | None = None) -> str:
     """Put the shards of a run in the place of the previous dataset; return the summary line.
+
+    Args:
+        lock: descriptor that holds the lock of the output; None: it is taken now, unless the
+            run's driver has it.
 
     Raises:
         PackError: shards are missing; the previous dataset is untouched.
+        AlreadyDone: the run was cut short while it was published; now all shards are in place.
     """
-    plan, where = run.plan, output_at(run.folder)
-    remote = is_url(plan.source) or is_url(run.folder)
-    kept = where.kept_shards(run.folder) if remote else []
-    traffic = _fetched(run, kept)
-    replaced = where.count_published(run.output)
-    instead = f"; in place of {count(replaced, 'shard')} that were there" if replaced else ""
     # To stop now would leave neither the old dataset nor the new one.
     caught = STOPPING if can_catch() else ()
     handlers = [signal.signal(number, signal.SIG_IGN) for number in caught]
     try:
-        sizes = where.publish(run.folder, plan)
+        plan, sizes, replaced = output_at(path).publish(path, lock)
     finally:
         for number, handler in zip(caught, handlers, strict=True):
             signal.signal(number, handler)
-    if is_url(run.folder):
-        sent = sum(sizes) - sum(sizes[shard_id] for shard_id in kept)
-        traffic = f"; {sent:,} bytes up{traffic}"
+    instead = f"; in place of {count(replaced, 'shard')} that were there" if replaced else ""
     return (
         f"{count(plan.total_samples, 'sample')} in {count(len(sizes), 'shard')}, "
-        f"{sum(sizes):,} bytes "
-        f"(mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
-        f"in {time.time() - plan.started:.1f} s{traffic}"
-        f"{instead}"
+        f"{sum(sizes):,} bytes (mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
+        f"in {time.time() - plan.started:.1f} s{instead}"
         f"{left_out('ignored', plan.ignored)}{left_out('skipped', plan.skipped)}"
     )
-
-
-def _fetched(run: Run, kept: Sequence[int]) -> str:
-    """Return how many bytes this run has fetched from a bucket, for the summary."""
-    if not is_url(run.plan.source):
-        return ""
-    where, bucket = output_at(run.folder), source_at(run.plan.source)
-    spared = sum(map(bucket.listed_bytes, where.read_shards(run.folder, kept)))
-    return f"; {run.plan.source_bytes - spared:,} bytes down"

@@ -134,6 +134,18 @@ class Fields(NamedTuple):
         return frozenset(field for entries in self for entry in entries for field in entry)
 
 
+class Listing(NamedTuple):
+    """What a source holds."""
+
+    started: float  # seconds since the epoch
+    source: str
+    fields: Fields
+    samples: Samples  # in the order in which they are dealt to the shards
+    ignored: dict[str, int]  # names that are no part of a sample: extension -> how many
+    skipped: dict[str, int]  # what `skip_bad` dropped: reason -> how many
+    shuffle: int | None = None  # the seed, if any
+
+
 def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
     """Return key and field of a member: 'cats/7.seg.png' -> ('cats/7', 'seg.png').
 

@@ -15,7 +15,6 @@ from sharding import faults, hints
 from sharding.errors import InputError, argument
 from sharding.faults import Kind, Odd, Report, Tally, quote
 from sharding.samples import Fields, Sample, Samples, judge, name_fault
-from sharding.urls import is_url
 
 MAX_GROWN = 100_000  # entries of a table that only counts what is left out
 MayRead = Callable[[list[str]], bool]  # tells whether the files at these paths may be read
@@ -148,8 +147,12 @@ class Scan:
         """Return how many names are bad, by reason."""
         return {kind.reason: tally.number for kind, tally in self.tallies.items()}
 
-    def refuse(self) -> None:
-        """Raise an InputError if the source has faults, or no complete sample."""
+    def refuse(self, nothing: str) -> None:
+        """Raise an InputError if the source has faults, or no complete sample.
+
+        Args:
+            nothing: what is said where there are no names; "{cure}" stands for the usual cure.
+        """
         where = f"{argument('source')} {self.source!r}"
         lines = []
         for kind, tally in self.tallies.items():
@@ -172,9 +175,7 @@ class Scan:
             cure += self.hint() + faults.left_out("ignored", self.ignored)
             cure += faults.left_out("skipped", self.skipped())
             if not self.ignored and not self.tallies:
-                cure += ", or make some with ./make_dummy_data.sh"
-                if is_url(self.source):
-                    cure = "there is nothing; are bucket and prefix right?"
+                cure = nothing.format(cure=cure)
             raise InputError(f"{where} has no complete sample: {cure}")
 
     def hint(self) -> str:

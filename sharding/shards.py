@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import BinaryIO, NamedTuple
@@ -21,18 +23,46 @@ REPLACED = "it was replaced while it was read"
 Progress = Callable[[int], object]  # is told how many more samples are done
 
 
-class Shard(NamedTuple):
+@dataclasses.dataclass
+class Shard:
     """What packing one shard did."""
 
     shard_id: int
     samples: int
-    bytes: int  # size of the tar file
-    path: str
+    bytes: int = 0  # size of the tar file
+    path: str = ""
     how: str = "created"  # or, of a dead run, "kept", or "created again" where files changed
+    packed: PackedShard | None = None  # its tar is written, but it is not stored yet
+
+    def store(self) -> Shard:
+        """Store the shard and give it its name, unless that was done.
+
+        That waits for a disk or a store about as long as it takes to pack a small shard, so another
+        thread can do it while the next one is packed.
+
+        Raises:
+            PackError, OSError: it failed; no shard appeared.
+        """
+        if self.packed:
+            packed, self.packed = self.packed, None
+            self.path, self.bytes = packed.store()
+        return self
 
     def report(self) -> str:
         """Return the line that says what became of the shard."""
         return f"Shard {self.shard_id} {self.how} with {self.samples} samples."
+
+
+class PackedShard(NamedTuple):
+    """A shard whose tar is written."""
+
+    new: NewShard
+    storing: contextlib.ExitStack  # stores it
+
+    def store(self) -> tuple[str, int]:
+        """Store the shard; return its path and its size in bytes."""
+        self.storing.close()
+        return self.new.path, self.new.size
 
 
 class NewShard:
@@ -43,6 +73,13 @@ class NewShard:
         self.stamp = ""  # of its files, if it waits in a run until all shards are there
         self.path = ""  # this and the next are known once it is whole
         self.size = 0
+
+
+class Left(NamedTuple):
+    """A shard that a dead run had finished."""
+
+    path: str = ""  # empty if its files have changed since
+    size: int = 0
 
 
 class Found(NamedTuple):

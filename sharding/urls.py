@@ -34,6 +34,16 @@ def canonical(path: str | os.PathLike[str]) -> str:
     return os.fspath(path).rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
+def real(path: str | os.PathLike[str]) -> str:
+    """Return a path with no link in it; a URL as it is."""
+    return os.fspath(path) if is_url(path) else os.path.realpath(path)
+
+
+def without_slash(path: str | os.PathLike[str]) -> str:
+    """Return a path as it is; a URL without a slash at its end."""
+    return canonical(path) if is_url(path) else os.fspath(path)
+
+
 def refuse_url(name: str, path: str | os.PathLike[str]) -> None:
     """Refuse a URL where a local path is wanted."""
     if _URL.match(os.fspath(path)):

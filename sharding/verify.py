@@ -26,12 +26,12 @@ from sharding.archive import Damaged, read_members
 from sharding.batch import in_order
 from sharding.errors import PackError
 from sharding.faults import SHOWN, Report
-from sharding.listing import Listing
 from sharding.pack import write_samples
 from sharding.places import dataset_at, source_at
 from sharding.samples import (
     RESERVED_FOLDER,
     Fields,
+    Listing,
     Sample,
     Samples,
     deal,

@@ -26,6 +26,10 @@ from obstore.store import S3Store
 from PIL import Image
 from server import weed_command  # of benchmarks/
 
+from create_webdataset import create_webdataset
+from sharding.run import Run
+from sharding.shards import Progress, Shard
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.pop("PYTHONUNBUFFERED", None)  # else nobody sees what is never flushed
 MakeSource = Callable[..., Path]
@@ -109,6 +113,11 @@ def start_packing(*flags: str | Path) -> subprocess.Popen[str]:
     )
     assert process.stdout and process.stdout.readline().startswith("Shard ")
     return process
+
+
+def pack_shard_of(run: Run, shard_id: int, progress: Progress | None = None) -> Shard:
+    """Pack one shard of a run that was started."""
+    return create_webdataset(run, run.path, shard_id, run.total_shards, progress=progress)
 
 
 @pytest.fixture(scope="session")

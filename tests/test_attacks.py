@@ -18,7 +18,7 @@ import create_with_ray
 import read_webdataset as reader
 from sharding.errors import PackError
 from sharding.folder import dataset as folder
-from sharding.folder import run as folder_run
+from sharding.folder import mounts
 from sharding.plan import PLAN
 
 
@@ -149,10 +149,10 @@ def test_script_without_its_interpreter(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_about_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose holder has just ended, or has removed the file that this run has just opened."""
-    lock = folder_run.lock_output(str(tmp_path))
+    lock = mounts.lock_output(str(tmp_path))
     threading.Timer(0.1, os.close, [lock]).start()
-    os.close(folder_run.lock_output(str(tmp_path)))
-    path, flock = tmp_path / folder_run.LOCK, fcntl.flock
+    os.close(mounts.lock_output(str(tmp_path)))
+    path, flock = tmp_path / mounts.LOCK, fcntl.flock
 
     def late(fd: int, how: int) -> None:
         monkeypatch.undo()
@@ -160,19 +160,19 @@ def test_a_lock_that_is_about_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         flock(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    lock = folder_run.lock_output(str(tmp_path))
+    lock = mounts.lock_output(str(tmp_path))
     assert os.path.samestat(os.fstat(lock), path.stat()), "else a second run could lock it, too"
     os.close(lock)
 
 
 def test_lock_outlives_a_killed_driver_only_with_its_workers(tmp_path: Path) -> None:
     """The lock belongs to whoever holds the descriptor, and to nobody after that."""
-    lock = folder_run.lock_output(str(tmp_path))
+    lock = mounts.lock_output(str(tmp_path))
     failures: list[BaseException] = []
 
     def second() -> None:
         try:
-            folder_run.lock_output(str(tmp_path))
+            mounts.lock_output(str(tmp_path))
         except PackError as error:
             failures.append(error)
 
@@ -181,5 +181,5 @@ def test_lock_outlives_a_killed_driver_only_with_its_workers(tmp_path: Path) -> 
     thread.join()
     assert len(failures) == 1
     os.close(lock)
-    os.close(folder_run.lock_output(str(tmp_path)))
+    os.close(mounts.lock_output(str(tmp_path)))
     shutil.rmtree(tmp_path)

@@ -21,6 +21,7 @@ from conftest import (
     Bucket,
     bucket_of,
     hashes,
+    pack_shard_of,
     run_script,
     slow_proxy,
     start_packing,
@@ -74,9 +75,6 @@ def test_the_same_bytes(
     done = pack(driver, *flags)
     assert done.returncode == 0, done.stderr
     assert bucket.hashes("out#1") == expected
-    size = sum(obstore.head(bucket.store, f"{bucket.prefix}/out#1/{n}")["size"] for n in expected)
-    assert f"; {size:,} bytes up" in done.stdout
-    assert ("bytes down" in done.stdout) == remote
     proof = ["--path", f"{bucket.url}/out#1", "--source", start, "--quiet", "--num-workers", "2"]
     assert run_script("read_webdataset.py", *proof).returncode == 0
     again = pack(driver, *flags)
@@ -100,7 +98,7 @@ def start(
     source: Path | str, output: str, resume: bool = False, total: int = 5, **more
 ) -> runs.Run:
     options = {"output": output, "total_shards": total, "resume": resume, "driver": os.getpid()}
-    return runs.start(list_samples(source), **{**options, **more})[0]
+    return runs.start(list_samples(source), **{**options, **more})
 
 
 def test_another_run(source: Path, bucket: Bucket, capsys) -> None:
@@ -131,7 +129,7 @@ def test_two_runs_that_begin_at_once(
         if len(looks) == 2:  # the first was for stray objects
             others.append(packed(source, bucket.url))
             if done:
-                runs.finish(others[0])
+                others[0].finish()
         return found
 
     monkeypatch.setattr(bucket_run, "objects_at", late)
@@ -139,7 +137,7 @@ def test_two_runs_that_begin_at_once(
     with pytest.raises(PackError, match=said):
         start(source, bucket.url)
     if not done:
-        runs.finish(others[0])
+        others[0].finish()
     assert bucket.hashes() == expected
 
 
@@ -148,12 +146,12 @@ def test_resume_keeps_what_is_finished(
 ) -> None:
     run = start(source, bucket.url)
     for shard_id in (1, 3):
-        runs.pack(run, shard_id)
+        pack_shard_of(run, shard_id)
     with pytest.raises(PackError, match=r"not packed: 3 shards \(0, 2, 4\).*with --resume to"):
-        runs.finish(run)
+        run.finish()
     bucket.put("shard-000003.tar", b"was replaced")
     with pytest.raises(PackError, match=r"not packed: 4 shards \(0, 2, 3, 4\)"):
-        runs.finish(run)
+        run.finish()
     flags = ["--source", source, "--output", bucket.url, "--num-shards", "5", "--resume"]
     done = pack("run_parallel.sh", *flags)
     lines = done.stdout.splitlines()
@@ -162,35 +160,20 @@ def test_resume_keeps_what_is_finished(
     assert bucket.hashes() == expected
 
 
-def test_what_a_resumed_run_has_sent_and_fetched(bucket: Bucket, tmp_path: Path) -> None:
-    source = write_pairs(tmp_path / "raw", 10)
-    url, output = bucket.upload(source, "raw/"), f"{bucket.url}/o"
-    runs.pack(start(url, output), 1)
-    said = runs.finish(packed(url, output, resume=True))
-    keys = sorted(path.stem for path in source.glob("*.jpg"))
-    ours = [
-        path for place, key in enumerate(keys) if place % 5 != 1 for path in source.glob(f"{key}.*")
-    ]
-    fetched = sum(path.stat().st_size for path in ours)
-    shards = (f"{bucket.prefix}/o/shard-00000{shard_id}.tar" for shard_id in (0, 2, 3, 4))
-    sent = sum(obstore.head(bucket.store, shard)["size"] for shard in shards)
-    assert f"; {sent:,} bytes up; {fetched:,} bytes down" in said
-
-
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_changed_file_is_packed_again(remote: bool, bucket: Bucket, tmp_path: Path) -> None:
     folder = write_pairs(tmp_path / "raw", 20)
     place = bucket.upload(folder, "raw/") if remote else folder
     run = start(place, f"{bucket.url}/o", total=2)
     for shard_id in range(2):
-        runs.pack(run, shard_id)
+        pack_shard_of(run, shard_id)
     (folder / "sample-3.txt").write_bytes(b"another text, and another size")
     (folder / "sample-2.jpg").write_bytes(bytes((folder / "sample-2.jpg").stat().st_size))
     bucket.upload(folder, "raw/")
     second = start(place, f"{bucket.url}/o", resume=True, total=2)
     for shard_id in range(2):
-        assert runs.pack(second, shard_id).how == "created again"
-    runs.finish(second)
+        assert pack_shard_of(second, shard_id).how == "created again"
+    second.finish()
     create_webdataset(folder, tmp_path / "o", 0, 2)
     create_webdataset(folder, tmp_path / "o", 1, 2)
     assert bucket.hashes("o") == hashes(tmp_path / "o")
@@ -199,7 +182,7 @@ def test_a_changed_file_is_packed_again(remote: bool, bucket: Bucket, tmp_path: 
 def test_resume_with_other_shards(source: Path, bucket: Bucket, tmp_path: Path, capsys) -> None:
     """Refused if shards are finished; else nothing of the larger number of shards is left."""
     run = start(source, bucket.url, total=9)
-    runs.pack(run, 0)
+    pack_shard_of(run, 0)
     before = bucket.hashes()
     refusal = r"with 1 finished shard, has another number of shards \(9, not 2\); give"
     with pytest.raises(InputError, match=refusal):
@@ -212,15 +195,15 @@ def test_resume_with_other_shards(source: Path, bucket: Bucket, tmp_path: Path, 
     what = "packed afresh: the interrupted run has another number of shards (9, not 2)"
     assert what in capsys.readouterr().err
     for shard_id in range(2):
-        assert runs.pack(second, shard_id).how == "created"
+        assert pack_shard_of(second, shard_id).how == "created"
         create_webdataset(source, tmp_path, shard_id, 2)
-    runs.finish(second)
+    second.finish()
     assert bucket.hashes() == hashes(tmp_path)
 
 
 def test_replace_in_a_bucket(source: Path, expected: dict[str, str], bucket: Bucket) -> None:
     """It declares nothing dead; with --resume, all is packed afresh, whatever is there."""
-    runs.pack(start(source, bucket.url, total=9), 0)
+    pack_shard_of(start(source, bucket.url, total=9), 0)
     flags = ["--source", source, "--output", bucket.url, "--num-shards", "5"]
     before = bucket.hashes()
     for more, code, said in (
@@ -231,7 +214,7 @@ def test_replace_in_a_bucket(source: Path, expected: dict[str, str], bucket: Buc
         assert (done.returncode, done.stdout) == (code, "") and said in done.stderr, done
         assert bucket.hashes() == before
     assert "or --replace to pack afresh" in done.stderr
-    runs.pack(start(source, bucket.url, resume=True, replace=True), 1)
+    pack_shard_of(start(source, bucket.url, resume=True, replace=True), 1)
     done = run_script("run_parallel.sh", *flags, "--resume", "--replace")
     assert done.returncode == 0 and done.stdout.count("created with") == 5, done
     assert done.stderr == "warning: 1 finished shard of the interrupted run will be packed afresh\n"
@@ -243,13 +226,13 @@ def test_replace_in_a_bucket(source: Path, expected: dict[str, str], bucket: Buc
 
 def test_an_array_job_is_not_replaced(source: Path, bucket: Bucket) -> None:
     run = start(source, bucket.url, driver=None)
-    runs.pack(run, 0)
+    pack_shard_of(run, 0)
     before = bucket.hashes()
     for more in ({"replace": True}, {"total": 2}):
         with pytest.raises(PackError, match=r"holds an array job that .*; publish it, go on with"):
             start(source, bucket.url, resume=True, **more)
     assert bucket.hashes() == before
-    assert runs.pack(start(source, bucket.url, resume=True), 0).how == "kept"
+    assert pack_shard_of(start(source, bucket.url, resume=True), 0).how == "kept"
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -263,13 +246,13 @@ def test_what_is_not_looked_at_is_not_published(
     (raw / "sample-1.txt").write_bytes(b"changed meanwhile")
     bucket.upload(raw, "raw/")
     run = start(place, output, resume=True, total=3)
-    assert [runs.pack(run, shard_id).how for shard_id in (0, 2)] == ["kept"] * 2
+    assert [pack_shard_of(run, shard_id).how for shard_id in (0, 2)] == ["kept"] * 2
     with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
-        runs.finish(run)
-    assert runs.pack(run, 1).how == "created again"
+        run.finish()
+    assert pack_shard_of(run, 1).how == "created again"
     again = start(place, output, resume=True, total=3)
-    assert [runs.pack(again, shard_id).how for shard_id in range(3)] == ["kept"] * 3
-    assert "; 0 bytes up" in runs.finish(again)
+    assert [pack_shard_of(again, shard_id).how for shard_id in range(3)] == ["kept"] * 3
+    again.finish()
     assert len(bucket.hashes("o")) == 3
 
 
@@ -283,28 +266,28 @@ def test_a_run_that_was_taken_over_completes_nothing(source: Path, bucket: Bucke
         second = second or start(source, bucket.url, resume=True)
 
     with pytest.raises(PackError, match="is gone: the run was published, or another took it over"):
-        runs.pack(run, 0, progress=late)
+        pack_shard_of(run, 0, progress=late)
     assert not [name for name in bucket.hashes() if SHARD_PATTERN.fullmatch(name)]
     for call in (
-        lambda: runs.pack(run, 1),
-        lambda: runs.finish(run),
-        lambda: runs.load(run.folder),
+        lambda: pack_shard_of(run, 1),
+        lambda: run.finish(),
+        lambda: runs.load(run.path),
     ):
         with pytest.raises(PackError, match="is gone"):
             call()
     assert second
     for shard_id in range(5):
-        runs.pack(second, shard_id)
+        pack_shard_of(second, shard_id)
     with pytest.raises(PackError, match="is gone"):
-        runs.finish(run)
-    runs.finish(second)
+        run.finish()
+    second.finish()
 
 
 def packed(source: Path | str, url: str, resume: bool = False, total: int = 5) -> runs.Run:
     """A run that is not published yet."""
     run = start(source, url, resume, total)
     for shard_id in range(total):
-        runs.pack(run, shard_id)
+        pack_shard_of(run, shard_id)
     return run
 
 
@@ -331,18 +314,18 @@ def test_cut_while_publishing(
         if step == "records":
             patch.undo()
             patch.setattr(obstore, "delete", killed)
-        runs.finish(run)
+        run.finish()
     assert read(["--path", bucket.url]) == 1
     with pytest.raises(PackError, match="is gone"):
-        runs.pack(run, 0)
+        pack_shard_of(run, 0)
     if driver == "publish":
-        done = run_script("sharding", "publish", "--run", run.folder)
+        done = run_script("sharding", "publish", "--run", run.path)
     else:
         flags = ["--source", source, "--output", bucket.url, "--num-shards", "5", "--resume"]
         done = run_script(driver, *flags)
     assert done.returncode == 0 and "now all shards are in place" in done.stdout, done
     assert bucket.hashes() == expected
-    assert not output_at(bucket.url).finish_cut(run.folder)
+    assert not bucket_run.finish_cut(run.path)
 
 
 def test_two_that_take_over_at_once(source: Path, expected, bucket: Bucket, monkeypatch) -> None:
@@ -357,13 +340,13 @@ def test_two_that_take_over_at_once(source: Path, expected, bucket: Bucket, monk
     monkeypatch.setattr(bucket_run, "swap", late)
     with pytest.raises(PackError, match="another run has just taken it over"):
         start(source, bucket.url, resume=True)
-    runs.finish(others[0])
+    others[0].finish()
     assert bucket.hashes() == expected
 
 
 def test_strays_are_named(source: Path, bucket: Bucket, capsys) -> None:
     bucket.put("o/shard-1.tar")
-    runs.finish(packed(source, f"{bucket.url}/o"))
+    packed(source, f"{bucket.url}/o").finish()
     assert "has 1 object ('shard-1.tar') not named like its shards" in capsys.readouterr().err
     assert len(bucket.hashes("o")) == 6
 
@@ -376,12 +359,12 @@ def test_a_late_publisher_deletes_nothing(source: Path, bucket: Bucket, monkeypa
     def late(*arguments: object) -> bool:
         monkeypatch.setattr(claim, "swap", swap)
         bucket.clear()
-        runs.finish(packed(source, bucket.url))
+        packed(source, bucket.url).finish()
         return swap(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(claim, "swap", late)
     with pytest.raises(PackError, match="is gone"):
-        runs.finish(older)
+        older.finish()
     assert len(bucket.hashes()) == 5
 
 
@@ -395,19 +378,19 @@ def test_a_late_upload_is_noticed(large: bool, bucket: Bucket, tmp_path: Path, m
     def late(folder: str) -> object:
         nonlocal calls
         item = look(folder)
-        calls += folder == older.folder
-        if calls == 3 and folder == older.folder:  # the last look before its upload is completed
+        calls += folder == older.path
+        if calls == 3 and folder == older.path:  # the last look before its upload is completed
             (raw / "sample-0.txt").write_bytes(b"changed meanwhile")
             packed(raw, bucket.url, resume=True, total=1)
         return item
 
     monkeypatch.setattr(bucket_run, "check_own", late)
     with pytest.raises(PackError, match="is gone"):
-        runs.pack(older, 0)
+        pack_shard_of(older, 0)
     monkeypatch.setattr(bucket_run, "check_own", look)
     newest = start(raw, bucket.url, resume=True, total=1)
-    assert runs.pack(newest, 0).how == "created again"  # what is there is not what was recorded
-    runs.finish(newest)
+    assert pack_shard_of(newest, 0).how == "created again"  # what is there is not what was recorded
+    newest.finish()
     create_webdataset(raw, tmp_path / "o", 0, 1)
     assert bucket.hashes() == hashes(tmp_path / "o")
 
@@ -423,7 +406,7 @@ def test_a_lost_answer(source: Path, expected, bucket: Bucket, monkeypatch) -> N
 
     start(source, bucket.url)
     monkeypatch.setattr(obstore, "put", twice)
-    runs.finish(packed(source, bucket.url, resume=True))
+    packed(source, bucket.url, resume=True).finish()
     assert bucket.hashes() == expected
 
 
@@ -452,7 +435,7 @@ def test_an_upload_that_is_refused(source: Path, bucket: Bucket, monkeypatch) ->
 
     monkeypatch.setattr(obstore, "open_writer", lambda *_, **__: Refusing(refused))
     with pytest.raises(PackError, match=r"shard-000000.tar': these credentials do not allow it$"):
-        runs.pack(run, 0)
+        pack_shard_of(run, 0)
 
 
 class Refusing:

@@ -22,7 +22,8 @@ from conftest import ROOT, hashes, run_script, start_packing, write_pairs
 import create_with_ray
 from sharding.errors import PackError
 from sharding.folder.dataset import staging_folders
-from sharding.folder.run import lock_output, staged_shards
+from sharding.folder.mounts import lock_output
+from sharding.folder.staging import staged_shards
 from sharding.run import STOPPING, finish, load
 from sharding.shards import shard_name
 

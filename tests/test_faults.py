@@ -19,16 +19,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, hashes, run_script, without_privileges, write_pairs
+from conftest import ROOT, hashes, pack_shard_of, run_script, without_privileges, write_pairs
 
 import create_webdataset as core
 import read_webdataset
 from sharding.errors import InputError, PackError, explain
 from sharding.folder import dataset as folder
+from sharding.folder import mounts
 from sharding.folder import run as folder_run
 from sharding.listing import list_samples
 from sharding.plan import PLAN, Plan
-from sharding.run import STOPPING, Run, finish, pack
+from sharding.run import STOPPING, Run
 from sharding.run import start as start_run
 from sharding.shards import PARTIAL_PATTERN, SHARD_PATTERN, STAGED_PATTERN, shard_name
 
@@ -75,7 +76,7 @@ def wait_for_lock(output: Path) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
-            os.close(folder_run.lock_output(str(output)))
+            os.close(mounts.lock_output(str(output)))
             return
         except PackError:
             time.sleep(0.05)
@@ -165,10 +166,10 @@ def test_kill_in_the_middle_of_publishing(
             list_samples(source), output=output, total_shards=SHARDS, driver=os.getpid()
         )
         for shard_id in range(SHARDS):
-            pack(run, shard_id)
+            pack_shard_of(run, shard_id)
         os.rename = rename_or_die
         os.unlink = lambda _path: os.kill(os.getpid(), signal.SIGKILL)
-        finish(run)
+        run.finish()
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
@@ -195,7 +196,7 @@ def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
     with pytest.raises(
         PackError, match=r"1,000 shards \(0, 1, 2, 3, 4, \.\.\.\).*same command again to"
     ):
-        finish(run)
+        run.finish()
 
 
 def test_one_line_for_each_fault() -> None:
@@ -208,14 +209,12 @@ def test_a_worker_whose_driver_died_first_packs_nothing(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 2)
     with subprocess.Popen("true") as dead:
         pass
-    run, lock = start_run(
-        list_samples(source), output=tmp_path / "o", total_shards=2, driver=dead.pid
-    )
-    os.close(lock)
-    done = run_script("create_webdataset.py", "--run", run.folder, "--shard-id=0")
+    run = start_run(list_samples(source), output=tmp_path / "o", total_shards=2, driver=dead.pid)
+    run.release()
+    done = run_script("create_webdataset.py", "--run", run.path, "--shard-id=0")
     assert (done.returncode, done.stdout) == (1, ""), done
     assert "run_parallel.sh: error: the driver is gone" in done.stderr
-    assert os.listdir(run.folder) == [PLAN]
+    assert os.listdir(run.path) == [PLAN]
 
 
 def test_workers_whose_driver_is_a_zombie(old_and_new, tmp_path: Path) -> None:
@@ -226,7 +225,7 @@ def test_workers_whose_driver_is_a_zombie(old_and_new, tmp_path: Path) -> None:
     process.kill()
     wait_for_lock(output)
     (staging,) = folder.staging_folders(output)
-    assert len(folder_run.staged_shards(staging)) < 1200
+    assert len(staging.staged_shards(staging)) < 1200
     process.communicate()
 
 
@@ -242,7 +241,7 @@ def test_second_run_stops_at_once(old_and_new: tuple[Path, Path, Path], tmp_path
     assert second.stderr.count("\n") == 1
     first.communicate(timeout=60)
     assert first.returncode == 0 and hashes(tmp_path / "o") == hashes(new)
-    lock = folder_run.lock_output(str(tmp_path / "o"))
+    lock = mounts.lock_output(str(tmp_path / "o"))
     second = run_script("create_with_ray.py", *run)
     assert second.returncode == 1 and "another run is packing" in second.stderr
     os.close(lock)
@@ -386,9 +385,9 @@ def test_synced_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         os, "unlink", lambda p, **o: (calls.append(f"drop {os.path.basename(p)}"), unlink(p, **o))
     )
     run, _ = start_run(list_samples(source), output=tmp_path / "out", total_shards=1)
-    assert synced.read_bytes() == Path(run.folder, PLAN).read_bytes()
-    pack(run, 0)
-    finish(run)
+    assert synced.read_bytes() == Path(run.path, PLAN).read_bytes()
+    pack_shard_of(run, 0)
+    run.finish()
     assert calls[:9] == [
         "show .webdataset-STAMP",  # empty: so folders can be renamed there
         "sync plan-new",
@@ -478,10 +477,10 @@ def test_planted_links_and_folders(tmp_path: Path) -> None:
     assert run_script("run_parallel.sh", *flags(source, output, "--num-shards=4")).returncode == 0
     assert hashes(precious).keys() == {"file"} and (precious / "file").read_text() == "precious"
     assert not (output / "shard-000001.tar").is_symlink()
-    (output / folder_run.LOCK).symlink_to(precious / "file")
+    (output / mounts.LOCK).symlink_to(precious / "file")
     done = run_script("run_parallel.sh", *flags(source, output))
-    assert done.returncode == 1 and folder_run.LOCK in done.stderr
-    (output / folder_run.LOCK).unlink()
+    assert done.returncode == 1 and mounts.LOCK in done.stderr
+    (output / mounts.LOCK).unlink()
     (output / "shard-000123.tar").mkdir()
     done = run_script("run_parallel.sh", *flags(source, output))
     assert done.returncode == 2 and "shard-000123.tar" in done.stderr
@@ -517,9 +516,9 @@ def test_a_file_system_without_locks(driver: str, number: int, preload: str, tmp
 def test_a_dead_run_without_locks(preload: str, tmp_path: Path) -> None:
     """Nobody can tell that it is dead, so a person must."""
     source, output = write_pairs(tmp_path / "source", 8), tmp_path / "o"
-    run, lock = start_run(list_samples(source), output=output, total_shards=2, driver=os.getpid())
-    pack(run, 1)
-    os.close(lock)
+    run = start_run(list_samples(source), output=output, total_shards=2, driver=os.getpid())
+    pack_shard_of(run, 1)
+    run.release()
     environment = {"LD_PRELOAD": preload, "FLOCK_ERRNO": str(errno.ENOLCK)}
     before = hashes(output)
     done = run_script("run_parallel.sh", *flags(source, output), env=environment)
@@ -555,7 +554,7 @@ def test_signals_wait_until_all_is_published(tmp_path: Path, monkeypatch) -> Non
         list_samples(write_pairs(tmp_path / "source", 4)), output=tmp_path / "o", total_shards=2
     )
     for shard_id in range(2):
-        pack(run, shard_id)
+        pack_shard_of(run, shard_id)
     heard: list[int] = []
     before = [signal.signal(number, lambda n, _: heard.append(n)) for number in STOPPING]
     rename = os.rename
@@ -567,7 +566,7 @@ def test_signals_wait_until_all_is_published(tmp_path: Path, monkeypatch) -> Non
 
     monkeypatch.setattr(os, "rename", interrupted)
     try:
-        finish(run)
+        run.finish()
         assert not heard and len(shards(tmp_path / "o")) == 2
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard == [signal.SIGTERM], "they work again"
@@ -580,12 +579,12 @@ def test_a_task_that_is_at_work_while_it_publishes(tmp_path: Path, monkeypatch) 
     """It keeps its folder if shards are missing; what it adds at the last moment is noticed."""
     source, output, new = write_pairs(tmp_path / "s", 4), tmp_path / "o", folder_run.new_staging
     run, _ = start_run(list_samples(source), output=output, total_shards=2)
-    pack(run, 0)
+    pack_shard_of(run, 0)
     monkeypatch.setattr(folder_run, "new_staging", None)
     with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
-        finish(run)
-    pack(run, 1)
-    second = Path(run.folder, f"shard-000001.{'0' * 32}")
+        run.finish()
+    pack_shard_of(run, 1)
+    second = Path(run.path, f"shard-000001.{'0' * 32}")
 
     def late(output: str) -> str:
         second.touch()
@@ -593,11 +592,11 @@ def test_a_task_that_is_at_work_while_it_publishes(tmp_path: Path, monkeypatch) 
 
     monkeypatch.setattr(folder_run, "new_staging", late)
     with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
-        finish(run)
+        run.finish()
     second.unlink()
     assert not shards(output)
     monkeypatch.undo()
-    finish(run)
+    run.finish()
     assert len(shards(output)) == 2
 
 

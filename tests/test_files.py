@@ -19,9 +19,10 @@ from conftest import ROOT, members, write_pairs
 from create_webdataset import create_webdataset
 from sharding.errors import PackError
 from sharding.folder import source as files
-from sharding.folder.run import GONE, new_shard, remove_leftovers
+from sharding.folder.run import new_shard
+from sharding.folder.staging import GONE, remove_leftovers
 from sharding.listing import list_samples
-from sharding.pack import write_shard
+from sharding.pack import pack_shard
 
 
 def test_shards_packed_in_threads(tmp_path: Path) -> None:
@@ -88,10 +89,10 @@ def test_a_file_that_vanishes_or_becomes_a_fifo(tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
     (source / "sample-1.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"source/sample-1\.jpg"):
-        write_shard(source, samples, tmp_path / "o", 0)
+        pack_shard(source, samples, tmp_path / "o", 0).store()
     os.mkfifo(source / "sample-1.jpg")
     with pytest.raises(PackError, match=r"sample-1\.jpg.*changed"):
-        write_shard(source, samples, tmp_path / "o", 0)
+        pack_shard(source, samples, tmp_path / "o", 0).store()
     assert os.listdir(tmp_path / "o") == []
 
 

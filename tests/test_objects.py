@@ -19,7 +19,7 @@ from read_webdataset import main as read
 from sharding.bucket import source as objects
 from sharding.errors import InputError, PackError
 from sharding.listing import list_samples
-from sharding.pack import write_shard
+from sharding.pack import pack_shard
 
 DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
 
@@ -32,7 +32,7 @@ def pack(driver: str, *flags: str | Path) -> str:
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_the_same_shards_as_from_a_folder(driver: str, bucket: Bucket, tmp_path: Path) -> None:
-    """Folders, odd names, optional fields, large files; and the summary says what was fetched."""
+    """Folders, odd names, optional fields, large files."""
     source = write_pairs(tmp_path / "source", 60)
     for name in ("a b", "a#b", "a?b=1", "a%20b", "a+b", "é", "a:b", "deep/er/x", "[x", "x" * 120):
         touch(source, f"{name}.jpg", f"{name}.TXT")
@@ -44,12 +44,7 @@ def test_the_same_shards_as_from_a_folder(driver: str, bucket: Bucket, tmp_path:
     pack(driver, "--source", source, "--output", tmp_path / "a", *flags)
     said = pack(driver, "--source", url, "--output", tmp_path / "b", *flags)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
-    fetched = sum(
-        path.stat().st_size
-        for path in source.rglob("*")
-        if path.is_file() and path.suffix != ".md" and "/." not in str(path)
-    )
-    assert f"; {fetched:,} bytes down" in said and "ignored: 1 .md" in said
+    assert "ignored: 1 .md" in said
     proof = ["--path", str(tmp_path / "b"), "--quiet", "--source", url, *flags[4:]]
     assert read(proof) == 0
     assert run_script("read_webdataset.py", *proof, "--num-workers", "2").returncode == 0
@@ -108,7 +103,7 @@ def test_an_object_that_is_not_as_it_was_listed(
     listing = list_samples(f"{bucket.url}/raw")
     change(bucket, how, "raw/7.jpg")
     with pytest.raises(PackError, match=r"/raw/7.jpg' changed while it was packed"):
-        write_shard(listing.source, listing.samples, tmp_path, 0)
+        pack_shard(listing.source, listing.samples, tmp_path, 0).store()
     assert not list(tmp_path.iterdir())
 
 
@@ -124,8 +119,8 @@ def test_a_connection_that_breaks(bucket: Bucket, tmp_path: Path, monkeypatch) -
 
     listing = list_samples(url)
     monkeypatch.setattr(obstore, "get", breaking)
-    assert write_shard(listing.source, listing.samples, tmp_path, 0).samples == 3
-    write_shard(tmp_path / "source", list_samples(tmp_path / "source").samples, tmp_path, 1)
+    assert pack_shard(listing.source, listing.samples, tmp_path, 0).store().samples == 3
+    pack_shard(tmp_path / "source", list_samples(tmp_path / "source").samples, tmp_path, 1).store()
     assert len({value for name, value in hashes(tmp_path).items() if name[:5] == "shard"}) == 1
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.errors import PackError
-from sharding.plan import PLAN, Plan, load_shards, read_plan, read_shards, write_plan
+from sharding.folder.staging import read_plan, read_samples, write_plan
+from sharding.plan import PLAN, Plan, load_samples
 from sharding.samples import Sample, Samples, deal
 
 KEYS = st.text('a/[,"\r\x85\u2028é ', min_size=1, max_size=6)
@@ -34,8 +35,8 @@ def test_every_sample_comes_back(some: list[Sample], total: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plan = write_plan(folder, plan_of(samples, total), samples)
         assert read_plan(folder) == plan
-        for shard_id, dealt in enumerate(read_shards(folder, range(total))):
-            assert dealt == deal(samples, shard_id, total)
+        for shard_id in range(total):
+            assert read_samples(folder, shard_id) == deal(samples, shard_id, total)
 
 
 def test_the_digest_tells_samples_apart(tmp_path: Path) -> None:
@@ -61,9 +62,11 @@ def test_damage_is_named(content: str | None, tmp_path: Path) -> None:
     with pytest.raises(PackError, match=message):
         read_plan(str(tmp_path))
     with pytest.raises(PackError, match=message):
-        list(read_shards(str(tmp_path), [0]))
+        read_samples(str(tmp_path), 0)
 
 
 def test_a_damaged_plan_in_a_bucket() -> None:
     with pytest.raises(PackError, match="remove it and all objects beside it"):
-        list(load_shards(io.BytesIO(b"{}"), [0], "s3://photos/shards/.webdataset-plan"))
+        load_samples(
+            io.BytesIO(b"{}"), 0, "s3://photos/.webdataset-plan", "it and all objects beside it"
+        )

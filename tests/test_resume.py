@@ -10,15 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from conftest import hashes, members, run_script, write_pairs
+from conftest import hashes, members, pack_shard_of, run_script, write_pairs
 
 import read_webdataset as reader
 from sharding.errors import InputError, PackError
 from sharding.folder.dataset import STAGING, staging_folders
-from sharding.folder.run import LEFT, all_shards
+from sharding.folder.staging import LEFT, all_shards
 from sharding.listing import list_samples
 from sharding.plan import PLAN
-from sharding.run import Run, finish, load, pack
+from sharding.run import Run, load
 from sharding.run import start as start_run
 from sharding.shards import shard_name
 
@@ -31,10 +31,10 @@ def leave(
 ) -> Run:
     """Leave what a run leaves that dies when it has finished these shards."""
     listing = list_samples(source, **flags)
-    run, lock = start_run(listing, output=output, total_shards=total, driver=os.getpid())
+    run = start_run(listing, output=output, total_shards=total, driver=os.getpid())
     for shard_id in finished:
-        pack(run, shard_id)
-    os.close(lock)
+        pack_shard_of(run, shard_id)
+    run.release()
     return run
 
 
@@ -149,7 +149,7 @@ def test_nothing_finished_is_nothing_lost(place) -> None:
 def test_an_array_job_is_nobodys_to_replace(place) -> None:
     output = place[1]
     run = run_script("sharding", "start", *same(*place)).stdout.strip()
-    pack(load(run), 1)
+    pack_shard_of(load(run), 1)
     before = hashes(output)
     for more in (
         [],
@@ -227,24 +227,24 @@ def test_what_is_not_looked_at_is_not_published(place) -> None:
     leave(*place, finished=range(4))
     run = leave(*place, finished=[0, 1])
     with pytest.raises(PackError, match=r"not packed: 2 shards \(2, 3\)"):
-        finish(run)
+        run.finish()
     (source / "sample-11.txt").unlink()  # of shard 3
     with pytest.raises(OSError, match=r"sample-11\.txt"):
-        pack(run, 3)
-    assert pack(run, 2).how == "kept"
+        pack_shard_of(run, 3)
+    assert pack_shard_of(run, 2).how == "kept"
     with pytest.raises(PackError, match=r"not packed: 1 shard \(3\)"):
-        finish(run)
+        run.finish()
     assert not list(output.glob("*.tar"))
 
 
 def test_finished_shards_of_several_runs(place) -> None:
     """One that was killed while it took over another; those that ended before they packed."""
     output = place[1]
-    first = Path(leave(*place, finished=[0]).folder)
+    first = Path(leave(*place, finished=[0]).path)
     copy = output / f"{STAGING}{'a' * 16}"
     shutil.copytree(first, copy)
     shutil.rmtree(first)
-    second = Path(leave(*place, finished=[1, 2]).folder)  # the first waits in its folder
+    second = Path(leave(*place, finished=[1, 2]).path)  # the first waits in its folder
     assert {path.name[:12] for path in (second / LEFT).iterdir()} == {"shard-000000"}
     third = output / f"{STAGING}{'b' * 16}"
     third.mkdir()
@@ -263,7 +263,7 @@ def test_a_folder_of_shards_without_a_plan(place) -> None:
     """As of an upload that was cancelled while it moved a folder, file by file."""
     output = place[1]
     run = leave(*place)
-    os.unlink(Path(run.folder, PLAN))
+    os.unlink(Path(run.path, PLAN))
     before = hashes(output)
     done = run_script("run_parallel.sh", *same(*place, "--resume"))
     assert done.returncode == 2 and "2 finished shards without a plan; --replace" in done.stderr

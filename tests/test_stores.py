@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import obstore
 import proxy
 import pytest
-from conftest import KEYS, Bucket, hashes, run_script, write_pairs
+from conftest import KEYS, Bucket, hashes, pack_shard_of, run_script, write_pairs
 from proxy import Answer, Lie, Lost, Request
 
 from create_webdataset import create_webdataset
@@ -63,14 +63,14 @@ def liar(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLiar]:
 
 def start(source: Path | str, output: str, resume: bool = False) -> runs.Run:
     listing = list_samples(source)
-    return runs.start(listing, output=output, total_shards=2, resume=resume)[0]
+    return runs.start(listing, output=output, total_shards=2, resume=resume)
 
 
 def packed(source: Path | str, output: str, resume: bool = False) -> runs.Run:
     """A run that is not published yet."""
     run = start(source, output, resume)
     for shard_id in range(2):
-        runs.pack(run, shard_id)
+        pack_shard_of(run, shard_id)
     return run
 
 
@@ -81,15 +81,15 @@ def test_a_store_that_knows_etags_without_quotes(
     """As Ceph 16: a run is published, read, proved; one that was interrupted is resumed."""
     liar(proxy.knows_no_quotes)
     flags = ["--source", source, "--output", bucket.url, "--num-shards", "2"]
-    runs.pack(start(source, bucket.url), 0)
+    pack_shard_of(start(source, bucket.url), 0)
     done = run_script(driver, *flags, "--resume")
     assert done.returncode == 0 and "Shard 0 kept with 6 samples." in done.stdout, done
     assert bucket.hashes() == expected
     assert read(["--path", bucket.url, "--source", str(source), "--quiet"]) == 0
     older = packed(source, f"{bucket.url}/o")
-    runs.finish(packed(source, f"{bucket.url}/o", resume=True))
+    packed(source, f"{bucket.url}/o", resume=True).finish()
     with pytest.raises(PackError, match="is gone"):
-        runs.finish(older)
+        older.finish()
     assert bucket.hashes("o") == expected
 
 
@@ -146,7 +146,7 @@ def test_what_a_store_lacks_is_found_out_before_any_work(
     """One line that names it, exit code 2, and nothing is left behind, or changed."""
     lie, said = LACKS[what]
     if resume:
-        runs.pack(start(source, bucket.url), 0)
+        pack_shard_of(start(source, bucket.url), 0)
     before = bucket.hashes()
     liar(lie)
     flags = ["--source", source, "--output", bucket.url, "--num-shards", "2"]
@@ -177,7 +177,7 @@ def test_what_a_killed_probe_left_goes_with_the_plan(
     source: Path, expected: dict[str, str], bucket: Bucket
 ) -> None:
     bucket.put(f"{claim.PROBE}0123456789abcdef", b"first")
-    runs.finish(packed(source, bucket.url))
+    packed(source, bucket.url).finish()
     assert bucket.hashes() == expected
 
 
@@ -199,7 +199,7 @@ def test_each_answer_is_lost_once(
 
     liar(proxy.once(lose))
     start(raw, bucket.url)
-    runs.finish(packed(raw, bucket.url, resume=True))
+    packed(raw, bucket.url, resume=True).finish()
     assert len(lost) > 10 and large == any("uploadId" in path for path in lost)
     assert bucket.hashes() == hashes(tmp_path / "o")
 
@@ -228,11 +228,11 @@ def test_another_run_whose_plan_has_the_same_run_id_or_size(source: Path, bucket
     """After a refusal the bytes decide: not the length, and not whose they are."""
     run = start(source, bucket.url)
     plan = bytes(obstore.get(bucket.store, f"{bucket.prefix}/{PLAN}").bytes())
-    etag = claim.own_plan(run.folder)[1]
-    assert not claim.swap(run.folder, b"a mark of this run", '"0123"')
-    assert not claim.swap(run.folder, plan[:-2] + b"x\n", '"0123"')
-    assert claim.swap(run.folder, plan, '"0123"'), "it stands there"
-    assert claim.swap(run.folder, b"a mark of this run", etag)
+    etag = claim.own_plan(run.path)[1]
+    assert not claim.swap(run.path, b"a mark of this run", '"0123"')
+    assert not claim.swap(run.path, plan[:-2] + b"x\n", '"0123"')
+    assert claim.swap(run.path, plan, '"0123"'), "it stands there"
+    assert claim.swap(run.path, b"a mark of this run", etag)
 
 
 def ignored_mark(request: Request) -> Answer | None:
@@ -278,7 +278,7 @@ def test_what_was_published_is_looked_at(
     server = os.environ["AWS_ENDPOINT_URL"]
     run = packed(source, bucket.url)
     liar(lie(bucket))
-    done = run_script("sharding", "publish", "--run", run.folder)
+    done = run_script("sharding", "publish", "--run", run.path)
     assert done.returncode == 1 and re.search(said, done.stderr), done
     assert "shards." not in done.stdout and done.stderr.count("\n") == 1
     if "shard" in what:
@@ -295,7 +295,7 @@ def test_shards_beyond_that_are_not_deleted(source: Path, bucket: Bucket, liar: 
     bucket.put("shard-000005.tar", b"of a run into more shards")
     liar(proxy.deletes_nothing)
     with pytest.raises(PackError, match=r"so is 'shard-000005.tar', which the store had said"):
-        runs.finish(run)
+        run.finish()
     assert PLAN in bucket.hashes()
 
 
@@ -309,7 +309,7 @@ def test_a_record_that_was_never_written(source: Path, bucket: Bucket, liar: Mak
     liar(lie)
     run = packed(source, bucket.url)
     with pytest.raises(PackError, match=r"not packed: 2 shards \(0, 1\); nothing was published"):
-        runs.finish(run)
+        run.finish()
 
 
 def test_a_single_shard_needs_metadata(

@@ -26,6 +26,7 @@ from sharding.errors import InputError, PackError
 from sharding.plan import Plan, load_plan, no_run
 from sharding.shards import SHARD_PATTERN
 
+REMOVE = "it and all objects beside it"  # to give up a run whose plan is damaged
 PROBE = ".webdataset-probe-"  # and the id of a run: what it tries a store on
 
 RUN = re.compile(r"(.*)/\.webdataset-([0-9a-f]{16})")  # how a run is named: its prefix, its id
@@ -41,7 +42,7 @@ class Mark(NamedTuple):
 
 def read_claim(output: str) -> tuple[Plan | Mark | None, str | None]:
     """Return the first line of what stands at a prefix as its plan, and its etag."""
-    store, key = place(output, PLAN)
+    store, key = locate(output, PLAN)
     with saying(output):
         try:
             item = obstore.head(store, key)
@@ -51,7 +52,7 @@ def read_claim(output: str) -> tuple[Plan | Mark | None, str | None]:
         line = stream.readline()
     if mark := _MARK.fullmatch(line):
         return Mark(mark[1].decode(), int(mark[2])), quoted(item["e_tag"])
-    return load_plan(io.BytesIO(line), f"{output}/{PLAN}"), quoted(item["e_tag"])
+    return load_plan(io.BytesIO(line), f"{output}/{PLAN}", REMOVE), quoted(item["e_tag"])
 
 
 def open_plan(output: str, item: Any) -> io.BufferedReader:
@@ -86,7 +87,7 @@ def probe(folder: str) -> None:
 def claim(folder: str, data: bytes) -> None:
     """Create the plan of a run if there is none."""
     output, run = split_run(folder)
-    store, key = place(output, PLAN)
+    store, key = locate(output, PLAN)
     with saying(output):
         if not _put_if(store, key, run, data):
             raise PackError(f"{output!r}: another run has just begun there")
@@ -98,7 +99,7 @@ def claim(folder: str, data: bytes) -> None:
 def swap(folder: str, data: bytes, etag: str | None) -> bool:
     """Replace the plan by data of a run if it still has this etag; tell whether it had."""
     output, run = split_run(folder)
-    store, key = place(output, PLAN)
+    store, key = locate(output, PLAN)
     with saying(output):
         return bool(etag and _put_if(store, key, run, data, *_spellings(etag)))
 
@@ -120,7 +121,7 @@ def check_own(folder: str) -> Any:
         PackError: it is not that of this run any more.
     """
     output, _ = split_run(folder)
-    store, key = place(output, PLAN)
+    store, key = locate(output, PLAN)
     _, own = own_plan(folder)
     with saying(output):
         try:
@@ -220,7 +221,7 @@ def _find_lack(store: Any, key: str, run: str) -> str | None:
 # ---------------------------------------------------------------- names
 
 
-def place(output: str, name: str) -> tuple[Any, str]:
+def locate(output: str, name: str) -> tuple[Any, str]:
     """Return the store of an object at a prefix, and its key."""
     bucket, key = split(f"{output}/{name}")
     return connect(bucket), key

@@ -19,21 +19,22 @@ import hashlib
 import io
 import re
 import secrets
-from collections.abc import Container, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Container, Iterator
+from typing import Any, NamedTuple
 
 import obstore
 
 from sharding.bucket.claim import (
     PROBE,
+    REMOVE,
     RUN,
     Mark,
     check_own,
     claim,
+    locate,
     mark_published,
     open_plan,
     own_plan,
-    place,
     probe,
     read_claim,
     split_run,
@@ -45,18 +46,20 @@ from sharding.bucket.streams import Upload
 from sharding.errors import AlreadyDone, InputError, PackError, argument, count, warn
 from sharding.plan import (
     Plan,
+    Published,
     differences,
     does_not_fit,
     dump_plan,
     is_array_job,
-    load_shards,
+    load_samples,
     not_ended,
     not_packed,
 )
-from sharding.samples import Samples
+from sharding.samples import Listing, Samples
 from sharding.shards import (
     SHARD_PATTERN,
     STRAY_PATTERN,
+    Left,
     NewShard,
     beyond,
     inside_source,
@@ -65,9 +68,6 @@ from sharding.shards import (
     warn_of_strays,
 )
 from sharding.urls import canonical, is_url
-
-if TYPE_CHECKING:
-    from sharding.listing import Listing
 
 PACKED = ".webdataset-packed"
 _RECORD = re.compile(r"([0-9]+)-([0-9]+[.][0-9a-f]+)-([0-9a-f]{32})-([0-9a-f]{16})(-kept)?")
@@ -107,13 +107,9 @@ def prepare(output: str, shard_ids: Container[int], total_shards: int) -> None: 
     warn_of_more(output, found, total_shards)
 
 
-def settle(output: str) -> None:
-    """Do nothing: what is uploaded is stored."""
-
-
 def begin(
     output: str, plan: Plan, samples: Samples, resume: bool, replace: bool
-) -> tuple[str, Plan, int]:
+) -> tuple[str, Plan, None]:
     """Claim a prefix for a run; see `places.Output`."""
     run = secrets.token_hex(8)
     folder = f"{output}/.webdataset-{run}"
@@ -135,7 +131,7 @@ def begin(
             raise PackError(f"{output!r}: another run has just taken it over")
         if replace and (records := _all_records(output)):
             with saying(output):
-                obstore.delete(place(output, PACKED)[0], records)
+                obstore.delete(locate(output, PACKED)[0], records)
     else:
         if any(map(SHARD_PATTERN.fullmatch, found)):
             nothing = "nothing to resume: " if resume else ""
@@ -145,7 +141,7 @@ def begin(
             )
         probe(folder)
         claim(folder, stream.getvalue())
-    return folder, plan, -1
+    return folder, plan, None
 
 
 def _check_left(output: str, before: Plan, plan: Plan, replace: bool) -> None:
@@ -180,12 +176,12 @@ def read_plan(folder: str) -> Plan:
     return own_plan(folder)[0]
 
 
-def read_shards(folder: str, shard_ids: Iterable[int]) -> Iterator[Samples]:
-    """Yield the samples of shards of a run."""
+def read_samples(folder: str, shard_id: int) -> Samples:
+    """Return the samples of a shard of a run."""
     item = check_own(folder)
     output, _ = split_run(folder)
     with open_plan(output, item) as stream:
-        yield from load_shards(stream, shard_ids, f"{output}/{PLAN}")
+        return load_samples(stream, shard_id, f"{output}/{PLAN}", REMOVE)
 
 
 @contextlib.contextmanager
@@ -217,51 +213,47 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
 
 
 @functools.lru_cache(maxsize=1)
-def left_shards(folder: str) -> dict[int, list[Record]]:
+def _left_shards(folder: str) -> dict[int, list[Record]]:
     """Return what a run that was interrupted had finished; read once in a process."""
     return _records(folder)
 
 
-def find_kept(folder: str, shard_id: int, stamp: str) -> tuple[str, int] | None:
-    """Return URL and size of a shard that is finished, and was made of what the stamp tells."""
+def find_left(folder: str, shard_id: int, stamp: Callable[[], str]) -> Left | None:
+    """Return what a dead run had finished of a shard; see `places.Output`."""
+    records = _left_shards(folder).get(shard_id, [])
+    if not records:
+        return None
     output, run = split_run(folder)
     url = f"{output}/{shard_name(shard_id)}"
-    store, key = place(output, shard_name(shard_id))
-    kept = None
+    store, key = locate(output, shard_name(shard_id))
+    wanted, left = stamp(), Left()
     with saying(url):
         try:
             item = obstore.head(store, key)
         except FileNotFoundError:
             item = None
-        for record in left_shards(folder).get(shard_id, []):
-            if item and record.stamp == stamp and record.version == version_of(item):
-                kept = url, int(item["size"])
+        for record in records:
+            if item and record.stamp == wanted and record.version == version_of(item):
+                left = Left(url, int(item["size"]))
                 if record.run != run:
-                    name = f"{shard_id}-{record.version}-{stamp}-{run}-kept"
+                    name = f"{shard_id}-{record.version}-{wanted}-{run}-kept"
                     obstore.put(store, f"{_records_of(folder)[1]}/{name}", b"")
             else:
                 obstore.delete(store, record.key)
-    return kept
+    return left
 
 
 # ---------------------------------------------------------------- publishing
 
 
-def kept_shards(folder: str) -> list[int]:
-    """Return which shards another run had packed."""
-    _, run = split_run(folder)
-    records = _records(folder).items()
-    return [n for n, found in records if all(r.kept or r.run != run for r in found)]
-
-
-def count_published(output: str) -> int:  # noqa: ARG001
-    """Return 0: a finished dataset is never replaced."""
-    return 0
-
-
-def publish(folder: str, plan: Plan) -> list[int]:
-    """Make the shards of a run the dataset, and return their sizes; see `places.Output`."""
-    check_own(folder)
+def publish(folder: str, lock: int | None) -> Published:  # noqa: ARG001  # the plan is the lock
+    """Make the shards of a run the dataset; see `places.Output`."""
+    try:
+        plan = read_plan(folder)
+    except PackError:
+        if finish_cut(folder):
+            raise AlreadyDone from None
+        raise
     output, run = split_run(folder)
     items, records = objects_at(output), _records(folder)
     packed, missing = {}, []
@@ -278,7 +270,7 @@ def publish(folder: str, plan: Plan) -> list[int]:
     mark_published(folder, len(packed))
     finish_cut(folder)
     _check_published(output, packed)
-    return [int(item["size"]) for item in packed.values()]
+    return Published(plan, [int(item["size"]) for item in packed.values()])
 
 
 def _check_published(output: str, packed: dict[str, Any]) -> None:
@@ -311,17 +303,17 @@ def finish_cut(folder: str) -> bool:
     mark, _ = read_claim(output)
     if not isinstance(mark, Mark):
         return False
-    store, _ = place(output, PACKED)
+    store, _ = locate(output, PACKED)
     with saying(output):
         found = objects_at(output)
         # Of a run into more shards, and of runs that were killed while they tried the store.
         names = [*beyond(found, mark.total_shards), *(n for n in found if n.startswith(PROBE))]
-        left = [*_all_records(output), *(place(output, name)[1] for name in names)]
+        left = [*_all_records(output), *(locate(output, name)[1] for name in names)]
         if left:
             obstore.delete(store, left)
         still = sorted(set(names).intersection(objects_at(output))) if names else []
         if not still:
-            obstore.delete(store, place(output, PLAN)[1])
+            obstore.delete(store, locate(output, PLAN)[1])
             still = [PLAN] if read_claim(output)[0] else []
     if still:
         raise PackError(
@@ -331,23 +323,13 @@ def finish_cut(folder: str) -> bool:
     return True
 
 
-def lock_output(output: str) -> int:  # noqa: ARG001
-    """Do nothing: the plan is the lock."""
-    return -1
-
-
-def may_write(folder: str) -> bool:  # noqa: ARG001
-    """Return True: only an upload would tell."""
-    return True
-
-
 # ---------------------------------------------------------------- records
 
 
 def _records_of(folder: str) -> tuple[Any, str]:
     """Return where the records of a run's samples are: the store, and a prefix of keys."""
     output, _ = split_run(folder)
-    return place(output, f"{PACKED}/{_digest(folder)}")
+    return locate(output, f"{PACKED}/{_digest(folder)}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -360,7 +342,7 @@ def _digest(folder: str) -> str:
 
 def _all_records(output: str) -> list[str]:
     """Return the keys of all records at a prefix, of whatever samples."""
-    store, prefix = place(output, PACKED)
+    store, prefix = locate(output, PACKED)
     with saying(output):
         return [item["path"] for item in obstore.list(store, prefix).collect()]
 

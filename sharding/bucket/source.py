@@ -25,6 +25,7 @@ from sharding.samples import Samples
 if TYPE_CHECKING:
     from sharding.scan import FolderScan, Scan
 
+NOTHING = "there is nothing; are bucket and prefix right?"
 WHOLE_SIZE = 512 << 10  # bytes of an object that is read whole; larger ones are fetched in ranges
 READ_THREADS = 32  # of a process; a store takes some 25 ms for an object of any small size
 AHEAD, AHEAD_BYTES = 64, 48 << 20  # samples that are read or wait, and what they may hold
@@ -39,11 +40,6 @@ def _read_version(version: str) -> tuple[int, int]:
 def _sizes(samples: Samples) -> Iterator[int]:
     """Yield the size of each file of these samples."""
     return (int(part.partition(".")[0]) for s in samples for part in s.listed.split(" "))
-
-
-def listed_bytes(samples: Samples) -> int:
-    """Return the bytes that fetching all files of these samples takes."""
-    return sum(_sizes(samples))
 
 
 def list_files(scan: Scan) -> None:
@@ -83,11 +79,6 @@ def list_files(scan: Scan) -> None:
     add(one for one in empty if f"{one[0]}{one[1]}/" not in folders)
     for one in found.values():
         one.close()
-
-
-def may_read(source: str, paths: list[str]) -> bool:  # noqa: ARG001
-    """Return True: only a request for an object would tell."""
-    return True
 
 
 def read_batches(source: str, samples: Samples) -> Generator[Batch, None, None]:

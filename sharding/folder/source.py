@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Parents = tuple[str, ...]  # the real path of each
 
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process, not faults of a name
+NOTHING = "{cure}, or make some with ./make_dummy_data.sh"  # what to do with an empty source
 NAMES_AT_ONCE = 4_096
 WHOLE_SIZE = 64 << 10  # bytes of a file that is read whole; larger ones are copied
 AHEAD_SIZE = 512 << 10  # the same as WHOLE_SIZE, for files that are read ahead
@@ -152,7 +153,7 @@ class _Walk:
         folder.add(names)
         for name in _still_listed(_folder(self.scan, prefix), vanished):
             folder.add_odd(name, vanished[name])
-        folder.close(functools.partial(may_read, self.scan.source))
+        folder.close(functools.partial(_may_read, self.scan.source))
 
 
 def _cannot_list(error: OSError) -> InputError:
@@ -214,12 +215,7 @@ def _still_listed(folder: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in there]
 
 
-def listed_bytes(samples: Samples) -> int:  # noqa: ARG001
-    """Return 0: nothing has to be fetched."""
-    return 0
-
-
-def may_read(source: str, paths: Iterable[str]) -> bool:
+def _may_read(source: str, paths: Iterable[str]) -> bool:
     """Tell whether these files may be read."""
     return all(os.access(os.path.join(source, path), os.R_OK) for path in paths)
 

@@ -1,6 +1,6 @@
-"""Staging folders: made, found, removed, on any file system.
+"""Staging folders: a run packs into a hidden folder of its own inside the output.
 
-A run packs into a hidden folder of its own inside the output; see folder_run.py.
+Here they are made, read and removed, on any file system: their plan, and the shards that wait.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Container
+from collections import defaultdict
+from collections.abc import Container, Iterator
+from typing import BinaryIO
 
-from sharding.errors import InputError, PackError, argument, explain, warn
+from sharding.errors import InputError, PackError, StopRun, argument, explain, naming, warn
 from sharding.folder.dataset import MARKER, STAGING, cut_short, is_publishing
 from sharding.folder.mounts import LOCK, denied, make_folder, remove_folder
-from sharding.plan import PLAN
-from sharding.shards import MAX_SHARDS, PARTIAL_PATTERN
+from sharding.plan import PLAN, Plan, dump_plan, load_plan, load_samples
+from sharding.samples import Samples
+from sharding.shards import MAX_SHARDS, PARTIAL_PATTERN, STAGED_PATTERN
 
+LEFT = "left"  # in a staging folder: shards of dead runs, until each is found to be still true
 GONE = ".webdataset-gone-"  # begins the name of a staging folder that is being removed
 _PASSING = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
@@ -105,6 +109,73 @@ def clear(staging: str) -> None:
         warn(f"all shards are in place, but {explain(error)}")
 
 
+def write_plan(staging: str, plan: Plan, samples: Samples) -> Plan:
+    """Write the plan of a run into its folder, and return it with its digest.
+
+    A whole plan is there at any time, the old one or the new one.
+    """
+    path = os.path.join(staging, PLAN)
+    with naming(path), open(f"{path}-new", "wb") as stream:
+        plan = dump_plan(stream, plan, samples)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(f"{path}-new", path)
+    return plan
+
+
+def has_plan(staging: str) -> bool:
+    """Tell whether a plan is there, whole or damaged."""
+    return os.path.lexists(os.path.join(staging, PLAN))
+
+
+def read_plan(staging: str) -> Plan:
+    """Return the plan of a run.
+
+    Raises:
+        PackError: there is none, or it is damaged.
+    """
+    with _open_plan(staging) as (path, stream):
+        return load_plan(stream, path, "its folder")
+
+
+def read_samples(staging: str, shard_id: int) -> Samples:
+    """Return the samples of a shard of a run; see `read_plan`."""
+    with _open_plan(staging) as (path, stream):
+        return load_samples(stream, shard_id, path, "its folder")
+
+
+@contextlib.contextmanager
+def _open_plan(staging: str) -> Iterator[tuple[str, BinaryIO]]:
+    path = os.path.join(staging, PLAN)
+    try:
+        with open(path, "rb") as stream:
+            yield path, stream
+    except FileNotFoundError:
+        output = os.path.dirname(os.path.abspath(staging))
+        if not os.path.isdir(output):
+            raise StopRun(f"{output!r} is gone: was it removed or unmounted?") from None
+        why = "the run was published, resumed in a new folder, or removed"
+        raise PackError(f"{path!r} is gone: {why}") from None
+
+
+def all_shards(staging: str) -> dict[int, list[str]]:
+    """Return what `staged_shards` does, with the shards that dead runs had finished behind them."""
+    found = staged_shards(staging)
+    with contextlib.suppress(FileNotFoundError):
+        for shard_id, paths in staged_shards(os.path.join(staging, LEFT)).items():
+            found.setdefault(shard_id, []).extend(paths)
+    return found
+
+
+def staged_shards(staging: str) -> dict[int, list[str]]:
+    """Return the shards that a run has finished: number -> paths of its versions, mostly one."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for name in os.listdir(staging):
+        if match := STAGED_PATTERN.fullmatch(name):
+            found[int(match[1])].append(os.path.join(staging, name))
+    return dict(found)
+
+
 def remove_leftovers(output: str, shard_ids: Container[int] = range(MAX_SHARDS)) -> None:
     """Remove what killed attempts at these shards left, and staging folders half removed."""
     left = []
@@ -142,4 +213,4 @@ def lost_runs(output: str) -> list[str]:
 
     The mark stays, and readers refuse the output, until another run is published.
     """
-    return [path for path in cut_short(output) if not os.path.lexists(os.path.join(path, PLAN))]
+    return [path for path in cut_short(output) if not has_plan(path)]
