@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import ray
-from conftest import KEYS, ROOT, hashes, run_script, write_pairs
+from conftest import KEYS, ROOT, hashes, run_script, without_privileges, write_pairs
 from ray.cluster_utils import Cluster
 
 import create_with_ray
+from sharding import cluster as nodes
 from sharding.errors import PackError
 from sharding.listing import list_samples
 from sharding.shards import Shard
@@ -151,11 +152,38 @@ def test_which_errors_are_hiccups(number: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_paths_that_nodes_do_not_share(source, cluster, tmp_path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(create_with_ray, "node_problem", lambda _: "gone")
+    monkeypatch.setattr(nodes, "node_problem", lambda _: "gone")
     assert pack(source, tmp_path / "o", cluster) == 1
     err = capfd.readouterr().err
     assert "must be on storage that all nodes share" in err and err.count("\n") == 1
     assert not list((tmp_path / "o").glob("*.tar"))
+
+
+def test_what_a_node_cannot_do(tmp_path: Path) -> None:
+    """It reads a file of the source and begins a shard, of which nothing stays."""
+    source = write_pairs(tmp_path / "source", 4)
+    flags = ["--source", source, "--output", tmp_path / "o", "--num-shards=2"]
+    run = Path(run_script("sharding", "start", *flags).stdout.rstrip("\n"))
+    code = "import sys; from sharding.cluster import node_problem; print(node_problem(sys.argv[1]))"
+
+    def ask() -> str:
+        done = subprocess.run(
+            [*without_privileges(), sys.executable, "-c", code, run],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.rstrip("\n")
+
+    assert ask() == "" and os.listdir(run) == ["plan"]
+    run.chmod(0o555)
+    assert str(run) in ask() and ask().endswith(": Permission denied")
+    run.chmod(0o755)
+    source.rename(tmp_path / "elsewhere")
+    assert ask().endswith(".jpg': No such file or directory")
+    run.rename(tmp_path / "away")
+    assert str(run) in ask()
 
 
 def test_buckets(cluster, bucket, tmp_path, capfd) -> None:

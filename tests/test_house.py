@@ -27,6 +27,7 @@ ALLOWED = {
     ("pipeline", "webdataset", True),
     ("training", "webdataset", False),
     ("command", "tqdm", False),
+    ("cluster", "ray", False),
     ("create_with_ray", "ray", False),
     ("read_webdataset", "webdataset", False),
 }
