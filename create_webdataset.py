@@ -148,7 +148,7 @@ def pack_all(args: argparse.Namespace) -> int:
     return 0 if all(done) else 1
 
 
-@one_line_errors
+@one_line_errors("create_webdataset.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)

@@ -113,8 +113,8 @@ def pack_run(run: Run, address: str | None, num_workers: int | None) -> None:
                     bar.say(f"Shard {shard_id} failed: {explain(outcome)}", sys.stderr)
 
 
-@one_line_errors
-def main(argv: Sequence[str] | None = None) -> int:
+@one_line_errors("create_with_ray.py")
+def main(argv: Sequence[str]) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
     total_given = bool(args.num_shards or args.samples_per_shard or args.num_workers)

@@ -247,7 +247,7 @@ def check(args: argparse.Namespace) -> int:
     return 1 if faults.numbers else 0
 
 
-@one_line_errors
+@one_line_errors("read_webdataset.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)

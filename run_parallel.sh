@@ -16,7 +16,9 @@ if ! command -v "$python" >/dev/null; then
 fi
 "$python" -S "$here/sharding/__init__.py" || exit # it is too old
 
-start=("$python" "$here/sharding" start --hold "$$")
+# What the steps below complain about is signed with the name of this script.
+name=(--as run_parallel.sh)
+start=("$python" "$here/sharding" "${name[@]}" start --hold "$$")
 for flag in "$@"; do
   [[ $flag != --help && $flag != -h ]] || exec "${start[@]}" --help
 done
@@ -50,7 +52,7 @@ trap 'stop 129' HUP
 
 pids=()
 for ((i = 0; i < workers; i++)); do
-  "$python" "$here/create_webdataset.py" --run "$run" --shard-id "$i" --shard-step "$workers" &
+  "$python" "$here/create_webdataset.py" "${name[@]}" --run "$run" --shard-id "$i" --shard-step "$workers" &
   pids[i]=$!
 done
 for ((i = 0; i < workers; i++)); do
@@ -61,5 +63,5 @@ for ((i = 0; i < workers; i++)); do
 done
 
 trap '' INT TERM HUP # publishing takes a moment, and must not be cut
-summary=$("$python" "$here/sharding" publish --run "$run") # fails, and names them, if shards are missing
+summary=$("$python" "$here/sharding" "${name[@]}" publish --run "$run") # fails, and names them, if shards are missing
 printf 'All shards created.\n%s\n' "$summary"

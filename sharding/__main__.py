@@ -50,8 +50,6 @@ def build_start_parser(for_bash: bool) -> argparse.ArgumentParser:
 def start_run(argv: Sequence[str]) -> int:
     """Start a run and print its folder; for run_parallel.sh, also hold the lock of its output."""
     for_bash = "--hold" in argv[:1]
-    if for_bash:
-        sys.argv[0] = "run_parallel.sh"
     args = build_start_parser(for_bash).parse_args(argv)
     options = run_options(args)
     try:
@@ -88,12 +86,10 @@ def publish_run(argv: Sequence[str]) -> int:
     return 0
 
 
-@one_line_errors
-def main(argv: Sequence[str] | None = None) -> int:
+@one_line_errors("sharding")
+def main(argv: Sequence[str]) -> int:
     """Run the command line; see --help."""
-    argv = sys.argv[1:] if argv is None else argv
     step, rest = argv[0] if argv else "", argv[1:]
-    sys.argv[0] = "sharding"  # which signs the errors
     if step == "start":
         return start_run(rest)
     if step == "publish":

@@ -22,6 +22,7 @@ from sharding.shards import MAX_SHARDS, Shard
 from sharding.urls import refuse_url
 
 NUM_WORKERS = 4  # of a driver, by default
+Main = Callable[..., int]  # of a command line; without arguments, it takes those of the process
 _PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -180,39 +181,59 @@ def plain_interrupt() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+def one_line_errors(program: str) -> Callable[[Callable[[Sequence[str]], int]], Main]:
     """Turn what a user can cause into one line on stderr and the exit code that goes with it.
 
     0: done. 1: the work failed. 2: bad input or usage. 130: Ctrl-C.
+
+    Args:
+        program: begins that line; a script that calls this one as a step gives its own name
+            instead, as the first two arguments: --as NAME.
     """
 
-    @functools.wraps(main)
-    def wrapper(argv: Sequence[str] | None = None) -> int:
-        for name in ("stdout", "stderr"):
-            # None: closed by the shell
-            stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-            setattr(sys, name, stream)
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
-        # So that a script could be stopped while it was imported; see sharding/__init__.py.
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and can_catch():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            code = main(argv)
-            sys.stdout.flush()
-            return code
-        except KeyboardInterrupt:
-            return 130
-        except AlreadyDone as done:
-            print(done)
-            return 0
-        except (InputError, PackError, OSError, ModuleNotFoundError) as error:
-            try:
-                sys.stdout.flush()
-            except OSError:  # its reader has gone, or its disk is full
-                drop_output()
-            for line in explain(error).split("\n"):
-                print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-            return 2 if isinstance(error, InputError) else 1
+    def decorate(main: Callable[[Sequence[str]], int]) -> Main:
+        @functools.wraps(main)
+        def wrapper(argv: Sequence[str] | None = None) -> int:
+            argv, name = sys.argv[1:] if argv is None else argv, program
+            if len(argv) > 1 and argv[0] == "--as":
+                name, argv = argv[1], argv[2:]
+            return _run(main, argv, name)
 
-    return wrapper
+        return wrapper
+
+    return decorate
+
+
+def _run(main: Callable[[Sequence[str]], int], argv: Sequence[str], program: str) -> int:
+    """Return the exit code of a main function; see `one_line_errors`."""
+    _prepare_process()
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except AlreadyDone as done:
+        print(done)
+        return 0
+    except (InputError, PackError, OSError, ModuleNotFoundError) as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # its reader has gone, or its disk is full
+            drop_output()
+        for line in explain(error).split("\n"):
+            print(f"{program}: error: {line}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
+def _prepare_process() -> None:
+    """Make sure that there are streams that take any text, and that Ctrl-C raises an exception."""
+    for name in ("stdout", "stderr"):
+        # None: closed by the shell
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # So that a script could be stopped while it was imported; see sharding/__init__.py.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and can_catch():
+        signal.signal(signal.SIGINT, signal.default_int_handler)

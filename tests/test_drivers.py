@@ -443,7 +443,7 @@ def test_the_lock_goes_last(tmp_path: Path) -> None:
         found = subprocess.check_output(["pgrep", "-f", command, "-s", str(process.pid)])
         return int(found.split()[0])
 
-    worker, holder = find("create_webdataset.py --run"), find("sharding start --hold")
+    worker, holder = find("create_webdataset.py .*--run"), find("sharding .*start --hold")
     os.kill(worker, signal.SIGSTOP)  # it would be done too soon
     try:
         for number in STOPPING:

@@ -211,9 +211,13 @@ def test_a_worker_whose_driver_died_first_packs_nothing(tmp_path: Path) -> None:
         pass
     run = start_run(list_samples(source), output=tmp_path / "o", total_shards=2, driver=dead.pid)
     run.release()
-    done = run_script("create_webdataset.py", "--run", run.path, "--shard-id=0")
-    assert (done.returncode, done.stdout) == (1, ""), done
-    assert "run_parallel.sh: error: the driver is gone" in done.stderr
+    for script, name in (
+        ([], "create_webdataset.py"),
+        (["--as", "run_parallel.sh"], "run_parallel.sh"),
+    ):
+        done = run_script("create_webdataset.py", *script, "--run", run.path, "--shard-id=0")
+        assert (done.returncode, done.stdout) == (1, ""), done
+        assert done.stderr.startswith(f"{name}: error: the driver is gone"), done
     assert os.listdir(run.path) == [PLAN]
 
 

@@ -91,6 +91,13 @@ def test_heavy_modules_stay_in_their_rooms(name: str) -> None:
             assert {(name, top, True), (name, top, at_the_top)} & ALLOWED, (name, module)
 
 
+@pytest.mark.parametrize("name", [*SCRIPTS, *ROOMS])
+def test_the_name_of_a_program_is_passed(name: str) -> None:
+    """Not written into sys.argv, which belongs to the process: others read it."""
+    path = ROOT / f"{name}.py" if name in SCRIPTS else ROOT / "sharding" / f"{name}.py"
+    assert "sys.argv[0]" not in path.read_text()
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_to_import_a_script_changes_nothing(name: str, tmp_path: Path) -> None:
     code = (
