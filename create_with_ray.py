@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from create_webdataset import create_webdataset
 from sharding.cluster import Signals, check_nodes, check_ready, find_address, joined
 from sharding.command import (
     ProgressBar,
@@ -19,11 +19,12 @@ from sharding.command import (
     run_options,
 )
 from sharding.errors import InputError, PackError, StopRun, explain
-from sharding.run import Run, finish, load, pack, start
+from sharding.run import Run, load, start
 from sharding.samples import NOT_UTF8
 from sharding.shards import Shard
 from sharding.urls import is_url
 
+SCRIPTS = [__file__, os.path.join(os.path.dirname(__file__), "create_webdataset.py")]  # of a task
 RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
 HICCUPS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}  # what network storage says for a while
 EXAMPLE = "  python create_with_ray.py --address 10.0.0.1:6379 --num-shards 1000\n"
@@ -42,15 +43,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def pack_on_node(folder: str, shard_id: int) -> Shard:
-    """Pack one shard of the run in a folder, as a Ray task; say on which node it failed.
+def pack_on_node(path: str, shard_id: int) -> Shard:
+    """Pack one shard of a run, as a Ray task; say on which node it failed.
 
     Raises:
         Hiccup: the storage failed in a way that may pass; Ray tries again.
         PackError: anything else; trying again would not help.
     """
     try:
-        return pack(load(folder), shard_id)
+        run = load(path)
+        return create_webdataset(run, run.path, shard_id, run.total_shards)
     except (PackError, OSError) as error:
         import ray
 
@@ -73,11 +75,11 @@ def pack_all(
     task = ray.remote(pack_on_node).options(
         max_retries=RETRIES, retry_exceptions=[Hiccup], scheduling_strategy=strategy
     )
-    shard_ids = iter(range(run.plan.total_shards))
+    shard_ids = iter(range(run.total_shards))
     running: dict[Any, int] = {}
     while True:
         for shard_id in islice(shard_ids, in_flight - len(running)):
-            running[task.remote(run.folder, shard_id)] = shard_id
+            running[task.remote(run.path, shard_id)] = shard_id
         if not running:
             return
         for done in signals.wait(running):
@@ -93,10 +95,10 @@ def pack_all(
 def pack_run(run: Run, address: str | None, num_workers: int | None) -> None:
     """Pack all shards of a run with Ray, and say what becomes of each."""
     # A bucket has no lock that tells who is dead.
-    again = " with --resume" if is_url(run.folder) else ""
+    again = " with --resume" if is_url(run.path) else ""
     stopped = "stopped; nothing was published; to continue, run the same command again"
     signals = Signals(f"create_with_ray.py: {stopped}{again}")
-    with joined(address, num_workers, __file__, signals) as at_a_time:
+    with joined(address, num_workers, SCRIPTS, signals) as at_a_time:
         if address:
             check_nodes(run, signals)
             outcomes = pack_all(run, signals, at_a_time, "SPREAD")
@@ -108,9 +110,7 @@ def pack_run(run: Run, address: str | None, num_workers: int | None) -> None:
                     raise outcome
                 if isinstance(outcome, Shard):
                     bar.update(outcome.samples)
-                    bar.say(outcome.report(), sys.stdout)
-                else:
-                    bar.say(f"Shard {shard_id} failed: {explain(outcome)}", sys.stderr)
+                bar.report(shard_id, outcome)
 
 
 @one_line_errors("create_with_ray.py")
@@ -123,13 +123,12 @@ def main(argv: Sequence[str]) -> int:
         if NOT_UTF8.search(os.fspath(path)):
             raise InputError(f"Ray cannot take a path that is not UTF-8: {os.fspath(path)!r}")
     check_ready(address)
-    run, lock = start(list_source(args), **options, driver=os.getpid())
+    run = start(list_source(args), **options, driver=os.getpid())
     try:
         pack_run(run, address, args.num_workers)
-        print(f"All shards created successfully with Ray.\n{finish(run)}")
+        print(f"All shards created successfully with Ray.\n{run.finish()}")
     finally:  # of the run, not of the process: a caller of this may begin another
-        if lock >= 0:
-            os.close(lock)
+        run.release()
     return 0
 
 

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import sharding
@@ -119,12 +119,12 @@ class Signals:
 
 @contextlib.contextmanager
 def joined(
-    address: str | None, num_workers: int | None, script: str, signals: Signals
+    address: str | None, num_workers: int | None, scripts: Sequence[str], signals: Signals
 ) -> Iterator[int]:
     """Start a local cluster, or join the one at `address`, until the context ends.
 
     Args:
-        script: file of the module that has the task.
+        scripts: files of the modules that the tasks need beside our folder.
         signals: are caught meanwhile, and obeyed.
 
     Yields:
@@ -137,7 +137,7 @@ def joined(
 
     try:
         signals.catch()
-        _connect(address, num_workers, script)
+        _connect(address, num_workers, scripts)
         signals.catch()  # Ray has set its own
         signals.obey()
         yield num_workers or _cpus(address)
@@ -153,14 +153,14 @@ def _cpus(address: str | None) -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1))) if address else NUM_WORKERS
 
 
-def _connect(address: str | None, num_workers: int | None, script: str) -> None:
+def _connect(address: str | None, num_workers: int | None, scripts: Sequence[str]) -> None:
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options |= {"num_cpus": num_workers or NUM_WORKERS, "include_dashboard": False}
     else:
-        options |= {"runtime_env": {"py_modules": _shipped_modules(script)}}
+        options |= {"runtime_env": {"py_modules": _shipped_modules(scripts)}}
     try:  # "local": never a cluster that happens to run here
         with _importable() if address is None else contextlib.nullcontext():
             ray.init(address or "local", **options)
@@ -185,7 +185,7 @@ def _refusal(address: str | None, error: Exception) -> PackError:
     return PackError(f"cluster at {address!r}: {reason}; {cure}")
 
 
-def _shipped_modules(script: str) -> list[str]:
+def _shipped_modules(scripts: Sequence[str]) -> list[str]:
     """Return what travels with the tasks: our modules, and those that `ray job submit` was given.
 
     Ray refuses to join two lists of modules by itself; told to override, it takes this one.
@@ -193,7 +193,7 @@ def _shipped_modules(script: str) -> list[str]:
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     theirs = (job.get("runtime_env") or {}).get("py_modules") or ()
-    return [os.path.abspath(script), *sharding.__path__, *theirs]
+    return [*map(os.path.abspath, scripts), *sharding.__path__, *theirs]
 
 
 @contextlib.contextmanager
@@ -217,18 +217,18 @@ class _Tried(Exception):
     """A shard was begun, so its folder can be written."""
 
 
-def node_problem(folder: str) -> str:
+def node_problem(path: str) -> str:
     """Return what keeps this node from reading the source or writing shards, if anything.
 
     In a bucket, to begin a shard sends nothing: there, to read the plan tells of credentials alone.
     """
-    where = output_at(folder)
+    where = output_at(path)
     try:
-        source = where.read_plan(folder).source
-        ((sample, *_),) = where.read_shards(folder, [0])
+        source = where.read_plan(path).source
+        sample = where.read_samples(path, 0)[0]
         with source_at(source).open_file(source, sample.files()[0]):
             pass
-        with contextlib.suppress(_Tried), where.new_shard(folder, 0):
+        with contextlib.suppress(_Tried), where.new_shard(path, 0):
             raise _Tried  # which gives it up
     except (OSError, InputError, PackError) as error:
         return explain(error)
@@ -245,7 +245,7 @@ def check_nodes(run: Run, signals: Signals) -> None:
         if node["Alive"] and node["Resources"].get("CPU"):
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(node_problem).options(num_cpus=0, scheduling_strategy=here)
-            asked[task.remote(run.folder)] = node["NodeManagerAddress"]
+            asked[task.remote(run.path)] = node["NodeManagerAddress"]
     while asked:
         for done in signals.wait(asked):
             name = asked.pop(done)
