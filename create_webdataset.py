@@ -17,10 +17,10 @@ from sharding.command import (
     Parser,
     ProgressBar,
     add_source_arguments,
+    interruptible,
     list_source,
     number_from,
     one_line_errors,
-    plain_interrupt,
     refuse_others,
     require,
 )
@@ -29,7 +29,6 @@ from sharding.listing import list_samples
 from sharding.run import Direct, Run, check_driver, load, start_direct
 from sharding.samples import deal
 from sharding.shards import MAX_SHARDS, Progress, Shard, check_shard_numbers
-from sharding.urls import is_url
 
 USAGE = """create_webdataset.py --source DIR --output DIR --shard-id I --total-shards N [options]
        create_webdataset.py --run DIR --shard-id I"""
@@ -152,10 +151,8 @@ def pack_all(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    if any(is_url(getattr(args, name) or "", name) for name in ("source", "output", "run")):
-        with plain_interrupt():  # a request that waits for its answer would not notice Ctrl-C
-            return pack_all(args)
-    return pack_all(args)
+    with interruptible(args.source, args.output, args.run):
+        return pack_all(args)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from sharding.errors import InputError, PackError, StopRun, explain
 from sharding.run import Run, load, start
 from sharding.samples import NOT_UTF8
 from sharding.shards import Shard
-from sharding.urls import is_url
 
 SCRIPTS = [__file__, os.path.join(os.path.dirname(__file__), "create_webdataset.py")]  # of a task
 RETRIES = 3  # of a shard whose worker or node was lost, or whose storage hiccuped
@@ -94,10 +93,8 @@ def pack_all(
 
 def pack_run(run: Run, address: str | None, num_workers: int | None) -> None:
     """Pack all shards of a run with Ray, and say what becomes of each."""
-    # A bucket has no lock that tells who is dead.
-    again = " with --resume" if is_url(run.path) else ""
-    stopped = "stopped; nothing was published; to continue, run the same command again"
-    signals = Signals(f"create_with_ray.py: {stopped}{again}")
+    stopped = f"stopped; nothing was published; to continue, {run.plan.again}"
+    signals = Signals(f"create_with_ray.py: {stopped}")
     with joined(address, num_workers, SCRIPTS, signals) as at_a_time:
         if address:
             check_nodes(run, signals)

@@ -10,12 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from sharding.errors import AlreadyDone, InputError, PackError, argument, explain
 from sharding.faults import Report, open_report
 from sharding.listing import list_samples
+from sharding.places import waits
 from sharding.run import can_catch
 from sharding.samples import Listing
 from sharding.shards import MAX_SHARDS, Shard
@@ -179,6 +181,11 @@ def plain_interrupt() -> Iterator[None]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, handler)
+
+
+def interruptible(*paths: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
+    """Let Ctrl-C end the process at once while one of these paths is used, if that needs help."""
+    return plain_interrupt() if waits(*paths) else contextlib.nullcontext()
 
 
 def one_line_errors(program: str) -> Callable[[Callable[[Sequence[str]], int]], Main]:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, BinaryIO, Protocol
 
 from sharding.batch import Batch
+from sharding.errors import InputError
 from sharding.plan import Plan, Published
 from sharding.samples import Listing, Samples
 from sharding.scan import Scan
@@ -20,6 +21,8 @@ from sharding.urls import is_url
 
 class Dataset(Protocol):
     """A dataset: shards that are published in one place."""
+
+    START_METHOD: str | None  # of processes that read there, if it matters
 
     def find_shards(self, path: str) -> Found:
         """Return the shards in a place, or those that a pattern such as "out/shard-00*.tar" names.
@@ -118,6 +121,7 @@ class Output(Protocol):
 class Source(Protocol):
     """Where the raw files of samples are."""
 
+    START_METHOD: str | None  # see Dataset
     NOTHING: str  # what is said of an empty one; "{cure}" stands for the usual cure
 
     def list_files(self, scan: Scan) -> None:
@@ -140,6 +144,14 @@ class Source(Protocol):
 
     def open_file(self, source: str, path: str) -> AbstractContextManager[tuple[BinaryIO, int]]:
         """Open one file, of any size; the context gives the stream and its size in bytes."""
+
+
+def waits(*paths: str | os.PathLike[str] | None) -> bool:
+    """Tell whether requests are made there, which wait for their answers and notice no Ctrl-C."""
+    try:
+        return any(is_url(path) for path in paths if path)
+    except InputError:  # which is said by name, when the path is used
+        return False
 
 
 def dataset_at(path: str | os.PathLike[str]) -> Dataset:

@@ -45,6 +45,11 @@ class Plan(NamedTuple):
         """When the run began, for a message."""
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.started))
 
+    @property
+    def again(self) -> str:
+        """How to go on after it was stopped; a bucket has no lock that tells who is dead."""
+        return "run the same command again" + (" with --resume" if self.run else "")
+
 
 class Published(NamedTuple):
     """What publishing a run did."""
@@ -116,8 +121,7 @@ def no_run(folder: str) -> PackError:
 def not_packed(plan: Plan, missing: Sequence[int]) -> PackError:
     """Return the error that says which shards a run still lacks."""
     first = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    resume = " with --resume" if plan.run else ""
-    cure = f"run the same command again{resume} to pack just these"
+    cure = f"{plan.again} to pack just these"
     if plan.driver is None:
         cure = "pack them with create_webdataset.py --run DIR --shard-id I, then publish"
     shards = count(len(missing), "shard")

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from sharding.apart import answer, ask
 from sharding.errors import InputError, PackError
 from sharding.places import dataset_at
 from sharding.reading import count_shard
-from sharding.urls import is_url
 
 if TYPE_CHECKING:
     from sharding.pipeline import TrainingDataset
@@ -108,10 +108,8 @@ def count_samples(
     """
     if not isinstance(path, (str, os.PathLike)):
         return sum(map(count_samples, path))
-    if is_url(path, "path"):  # whoever counts here can fork no more
-        from sharding.bucket.store import apart
-
-        return int(apart("training", "count_in_bucket", os.fspath(path)))
+    if dataset_at(path).START_METHOD:  # whoever counts there can fork no more
+        return int(ask("sharding.training", "count", os.fspath(path)))
     return sum(map(count_shard, dataset_at(path).find_shards(os.fspath(path)).shards))
 
 
@@ -180,3 +178,7 @@ def _refuse_postscript(name: str, data: bytes) -> None:
 
     if data.startswith(POSTSCRIPT) and name.rpartition(".")[2] in IMAGE_EXTENSIONS:
         raise ValueError("it is PostScript, a program; decode it with a function of your own")
+
+
+if __name__ == "__main__":
+    answer(count=count_in_bucket)

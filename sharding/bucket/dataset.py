@@ -13,19 +13,21 @@ from typing import Any, BinaryIO
 
 import obstore
 
-from sharding.bucket.store import apart, check_bucket, connect, saying, split
+from sharding.apart import answer, ask
+from sharding.bucket.store import check_bucket, connect, saying, split
 from sharding.bucket.streams import FIRST_RANGE, LARGEST_RANGE, Ranges
 from sharding.errors import PackError
 from sharding.shards import SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards, shard_number
 from sharding.urls import canonical
 
+START_METHOD: str | None = "spawn"  # of processes that read shards: a forked one cannot use a store
 PLAN = ".webdataset-plan"  # stands beside the shards until all are there; see claim.py
 UNFINISHED = "a run is not finished; finish it with --resume"
 
 
 def find_shards(path: str) -> Found:
     """Return the shards at a prefix, or those that a pattern names."""
-    shards, faults, whole = apart("bucket.dataset", "list_shards", path)
+    shards, faults, whole = ask("sharding.bucket.dataset", "shards", path)
     return Found(shards, [(kind, name) for kind, name in faults], whole)
 
 
@@ -60,7 +62,7 @@ def objects_at(url: str) -> dict[str, Any]:
 
 def identify(shards: Sequence[str]) -> Any:
     """Return what distinguishes these shards from others that replace them."""
-    return apart("bucket.dataset", "etags", list(shards))
+    return ask("sharding.bucket.dataset", "etags", list(shards))
 
 
 def etags(urls: Iterable[str]) -> list[str | None]:
@@ -94,3 +96,7 @@ def shard_size(path: str) -> int:
     bucket, key = split(path)
     with saying(path):
         return int(obstore.head(connect(bucket), key)["size"])
+
+
+if __name__ == "__main__":
+    answer(shards=list_shards, etags=etags)

@@ -9,16 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import re
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -273,54 +268,3 @@ def check_bucket(url: str) -> None:
     bucket, _ = split(url)
     with saying(url, InputError):
         next(iter(obstore.list(connect(bucket, patient=False), chunk_size=1)), None)
-
-
-def apart(module: str, function: str, *arguments: Any) -> Any:
-    """Return what a function of this folder returns, called in a process of its own.
-
-    A process that has used obstore must not fork, and a training forks its workers.
-    """
-    here = str(Path(__file__).resolve().parents[2])
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from sharding.bucket import store; "
-    with subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            code + "store._answer()",
-            here,
-            module,
-            function,
-            json.dumps(arguments),
-        ],
-        stdin=subprocess.PIPE,  # which closes when this process ends: see `_end_with_parent`
-        stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C ends it through us
-    ) as process:
-        text = process.stdout.read() if process.stdout else b""
-    if process.returncode:
-        raise PackError(f"listing in a process of its own failed: exit code {process.returncode}")
-    answer = json.loads(text)
-    if "error" in answer:
-        kind = InputError if answer["error"] == "InputError" else PackError
-        raise kind(answer["text"])
-    return answer["result"]
-
-
-def _answer() -> None:
-    """Be the process that `apart` starts."""
-    import importlib
-
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _, _, module, function, arguments = sys.argv
-    try:
-        call = getattr(importlib.import_module(f"sharding.{module}"), function)
-        answer = {"result": call(*json.loads(arguments))}
-    except (InputError, PackError) as error:
-        answer = {"error": type(error).__name__, "text": error.args[0]}
-    print(json.dumps(answer))
-
-
-def _end_with_parent() -> None:
-    """End this process as soon as the one that waits for its answer has ended."""
-    os.read(0, 1)  # not sys.stdin, whose lock this thread would hold when Python ends
-    os._exit(1)
