@@ -16,6 +16,7 @@ from conftest import ROOT, hashes, run_script, write_pairs
 import create_webdataset as core
 import create_with_ray
 import read_webdataset as reader
+from sharding import show
 from sharding.errors import PackError
 from sharding.folder import dataset as folder
 from sharding.folder import mounts
@@ -63,17 +64,17 @@ def test_replaced_while_it_is_read(limit: int, tmp_path: Path, capfd) -> None:
     """Also where its last samples are not looked at."""
     source = write_pairs(tmp_path / "source", 4)
     core.create_webdataset(source, tmp_path / "o", 0, 1)
-    print_sample = reader.print_sample
+    print_sample = show.print_sample
 
     def replace_then_print(*args: object) -> None:
         core.create_webdataset(source, tmp_path / "o", 0, 1)
         print_sample(*args)  # type: ignore[arg-type]
 
-    reader.print_sample = replace_then_print  # type: ignore[assignment]
+    show.print_sample = replace_then_print  # type: ignore[assignment]
     try:
         assert reader.main(["--path", str(tmp_path / "o"), "--limit", str(limit)]) == 1
     finally:
-        reader.print_sample = print_sample
+        show.print_sample = print_sample
     out, err = capfd.readouterr()
     assert "replaced while it was read" in err and "OK" not in out
 

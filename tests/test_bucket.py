@@ -17,10 +17,10 @@ import pytest
 from conftest import KEYS, ROOT, Bucket, run_script, slow_proxy, write_pairs
 from proxy import Answer, start_proxy
 
-import read_webdataset as reader
 from create_webdataset import create_webdataset
 from read_webdataset import count_samples, open_webdataset
 from read_webdataset import main as read
+from sharding import show
 from sharding.bucket import store, streams
 from sharding.errors import InputError, PackError, StopRun
 from sharding.reading import read_samples
@@ -83,7 +83,7 @@ def test_a_dataset_that_is_replaced_while_it_is_shown(
     shards, bucket: Bucket, capsys, monkeypatch
 ) -> None:
     url, folder = shards
-    shown = reader.print_sample
+    shown = show.print_sample
 
     def replaced(number: int, sample: dict) -> None:
         shown(number, sample)
@@ -91,7 +91,7 @@ def test_a_dataset_that_is_replaced_while_it_is_shown(
             create_webdataset(folder / "source", folder / "other", 0, 3, "txt")
             bucket.upload(folder / "other")
 
-    monkeypatch.setattr(reader, "print_sample", replaced)
+    monkeypatch.setattr(show, "print_sample", replaced)
     assert read(["--path", url]) == 1
     out, err = capsys.readouterr()
     assert "the dataset was replaced while it was read; run again" in err and "OK" not in out

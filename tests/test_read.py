@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from conftest import jpeg, run_script, touch
 
 import create_webdataset
 import read_webdataset
+from sharding.archive import make_header
 
 
 def make_dataset(folder: Path, samples: dict[str, tuple[bytes, bytes]], shards: int = 1) -> Path:
@@ -147,3 +150,115 @@ def test_short_texts_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         "npy: 6 bytes",
         f"Image size: 2x3, {len(contents['seg.png'])} bytes",
     ]
+
+
+def keys_in(out: str) -> list[str]:
+    return [line[5:] for line in out.splitlines() if line.startswith("Key: ")]
+
+
+def test_samples_are_shown_before_the_check(tmp_path: Path, capfd, monkeypatch) -> None:
+    """A look at a large dataset does not wait until all of it is read."""
+    output = make_dataset(tmp_path, {str(n): (b"", b"") for n in range(5)}, shards=2)
+    check, shown = read_webdataset.check_dataset, []
+
+    def look_then_check(*args, **options):
+        shown.extend(keys_in(capfd.readouterr().out))
+        return check(*args, **options)
+
+    monkeypatch.setattr(read_webdataset, "check_dataset", look_then_check)
+    preview = tmp_path / "p.png"
+    flags = ["--path", str(output), "--limit=3", "--preview", str(preview)]
+    assert read_webdataset.main(flags) == 0
+    assert shown == ["0", "2", "4"] and preview.exists()
+    assert capfd.readouterr().out == "5 samples in 2 shards, 20,480 bytes: OK\n"
+
+
+def test_a_look_without_a_check(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It says what it did, and never OK."""
+    output = make_dataset(tmp_path, {str(n): (jpeg(9, 9), b"") for n in range(5)}, shards=2)
+    look = ["--path", str(output), "--no-check"]
+    preview = ["--preview", str(tmp_path / "p.png")]
+    assert read_webdataset.main(look) == 0
+    out = capfd.readouterr().out
+    assert keys_in(out) == ["0", "2", "4", "1", "3"], "all, as without --limit"
+    assert out.endswith("\n5 samples shown, nothing checked\n")
+    assert read_webdataset.main([*look, *preview, "--quiet", "--limit=4"]) == 0
+    assert capfd.readouterr().out == "4 samples drawn, nothing checked\n"
+    assert read_webdataset.main([*look, *preview, "--limit=1"]) == 0
+    assert capfd.readouterr().out.endswith("\n1 sample shown, 1 sample drawn, nothing checked\n")
+    for wrong in (
+        ["--source", str(tmp_path / "source")],
+        ["--decode"],
+        ["--report=r"],
+        ["--quiet"],
+    ):
+        assert read_webdataset.main([*look, *wrong]) == 2
+        out, err = capfd.readouterr()
+        assert not out and f"{wrong[0].partition('=')[0]} makes no sense with --no-check" in err
+
+
+@pytest.mark.parametrize("more", [[], ["--limit=4"]])
+def test_damage_that_is_met_while_showing(more: list[str], tmp_path: Path, capfd) -> None:
+    """What is sound of the shard is shown, then the next one, and the verdict names the damage."""
+    output = make_dataset(tmp_path, {str(n): (b"x" * 600, b"") for n in range(8)}, shards=2)
+    os.truncate(output / "shard-000000.tar", 3 * 2048 + 1700)  # 6 has lost its text
+    flags = ["--path", str(output), *more]
+    preview = ["--path", str(output), "--preview", str(tmp_path / "p.png"), "--quiet"]
+    assert read_webdataset.main(flags) == 1
+    out, err = capfd.readouterr()
+    expected = ["0", "2", "4", "1", "3", "5", "7"][: 4 if more else 7]
+    assert keys_in(out) == expected, out
+    assert "damaged: shard-000000.tar: cut short: the end-of-archive" in err
+    assert err.count("cut short") == 1 and ": 2 faults; fields: " in out
+    for options in (flags, preview):
+        assert read_webdataset.main([*options, "--no-check"]) == 1
+        out, err = capfd.readouterr()
+        assert f"damaged: {output}/shard-000000.tar: cut short" in err and err.count("\n") == 1
+        assert out.endswith("nothing checked\n") and "OK" not in out
+
+
+def test_a_sample_before_damage_is_enough_for_a_look(tmp_path: Path, capfd) -> None:
+    output = make_dataset(tmp_path, {str(n): (b"x" * 600, b"") for n in range(8)})
+    os.truncate(output / "shard-000000.tar", 3 * 2048 + 1700)
+    assert read_webdataset.main(["--path", str(output), "--limit=2", "--no-check"]) == 0
+    assert capfd.readouterr().out.endswith("\n2 samples shown, nothing checked\n")
+
+
+def sparse(size: int) -> bytes:
+    """Return a shard whose first member says that it is this large, and has next to nothing."""
+    info = tarfile.TarInfo("a.jpg")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[386:410] = b"%011o\0" % (size - 512) + b"%011o\0" % 512
+    block[483:495] = b"%011o\0" % size
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + bytes(512)
+
+
+@pytest.mark.parametrize("how", ["sparse", "gzip"])
+def test_a_look_at_what_would_fill_the_memory(how: str, tmp_path: Path) -> None:
+    """webdataset would make gigabytes of a few kilobytes; our own walk is there before it."""
+    shard = tmp_path / "shard-000000.tar"
+    end = make_header("b.jpg", 0) + bytes(1024)
+    if how == "sparse":
+        shard.write_bytes(sparse(3 << 30) + end)
+    else:
+        with gzip.open(shard, "wb", 1) as stream:
+            stream.write(make_header("a.jpg", 300 << 20))
+            for _ in range(300):
+                stream.write(bytes(1 << 20))
+            stream.write(end)
+    code = (
+        "import resource, sys, read_webdataset\n"
+        "code = read_webdataset.main(sys.argv[1:])\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(code, used)\n"
+    )
+    command = [sys.executable, "-c", code, "--path", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(read_webdataset.__file__).parent
+    )
+    result, used = done.stdout.split()[-2:]
+    assert result == "1" and "damaged: shard-000000.tar" in done.stderr, done
+    assert int(used) < 600_000 * (1024 if sys.platform == "darwin" else 1)

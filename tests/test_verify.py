@@ -25,7 +25,7 @@ from PIL import Image
 
 import create_webdataset as core
 import read_webdataset as reader
-from sharding import archive, images, verify
+from sharding import archive, images, verify, verify_shard
 from sharding.folder import source as files
 from sharding.shards import shard_name
 
@@ -63,7 +63,7 @@ def test_good_dataset(workers: str, good: tuple[Path, Path], capfd) -> None:
     assert check(output, capfd, "--num-workers", workers, "--source", source) == (0, "")
 
 
-def kill_self(_: verify.Task) -> None:
+def kill_self(_: verify_shard.Task) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -449,7 +449,7 @@ def test_what_is_counted_is_what_webdataset_yields(tmp_path_factory, data: bytes
     """On any bytes: a named fault, or the very samples that wds.WebDataset yields."""
     shard = tmp_path_factory.getbasetemp() / "shard-000000.tar"
     shard.write_bytes(data)
-    report = verify.check_shard(verify.Task(str(shard)))
+    report = verify_shard.check_shard(verify_shard.Task(str(shard)))
     if report.faults:
         return
     theirs = list(wds.WebDataset([str(shard)], shardshuffle=False))
