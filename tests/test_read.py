@@ -15,6 +15,8 @@ from conftest import jpeg, run_script, touch
 import create_webdataset
 import read_webdataset
 from sharding.archive import make_header
+from sharding.errors import PackError
+from sharding.reading import read_samples
 
 
 def make_dataset(folder: Path, samples: dict[str, tuple[bytes, bytes]], shards: int = 1) -> Path:
@@ -262,3 +264,20 @@ def test_a_look_at_what_would_fill_the_memory(how: str, tmp_path: Path) -> None:
     result, used = done.stdout.split()[-2:]
     assert result == "1" and "damaged: shard-000000.tar" in done.stderr, done
     assert int(used) < 600_000 * (1024 if sys.platform == "darwin" else 1)
+
+
+def test_one_walk() -> None:
+    """Who reads the members of a shard goes by the same rule of what they are."""
+    folder = Path(read_webdataset.__file__).with_name("sharding")
+    users = {path.stem for path in folder.rglob("*.py") if "read_members" in path.read_text()}
+    assert users - {"archive"} == {"reading"}
+    assert len(Path(read_webdataset.__file__).read_text().splitlines()) <= 180
+
+
+def test_a_reserved_field_is_no_sample(tmp_path: Path) -> None:
+    """In training, too, whose samples have `__key__` and `__url__`; webdataset gives others."""
+    (tmp_path / "shard-000000.tar").write_bytes(make_header("a.__x__", 0) + bytes(1024))
+    with pytest.raises(PackError, match=r"member 'a.__x__', whose field is reserved"):
+        list(read_samples(str(tmp_path / "shard-000000.tar")))
+    (tmp_path / "shard-000000.tar").write_bytes(make_header("__x__/a.__x__", 0) + bytes(1024))
+    assert list(read_samples(str(tmp_path / "shard-000000.tar"))) == [], "readers drop it"
