@@ -37,7 +37,13 @@ def shards(bucket: Bucket, tmp_path: Path) -> tuple[str, Path]:
 
 def test_shows_and_checks_what_a_folder_shows(shards, capsys) -> None:
     url, folder = shards
-    for flags in (["--limit", "3"], ["--decode", "--quiet"], ["--quiet", "--num-workers", "2"]):
+    look = ["--limit", "3"]
+    for flags in (
+        look,
+        [*look, "--no-check"],
+        ["--decode", "--quiet"],
+        ["--quiet", "--num-workers=2"],
+    ):
         assert read(["--path", str(folder / "o"), *flags]) == 0
         expected = capsys.readouterr()
         assert read(["--path", url + "/", *flags]) == 0
