@@ -89,7 +89,7 @@ def test_all_nodes_work(source, expected, cluster, tmp_path, monkeypatch, capfd)
         while len(os.listdir(nodes)) < 3 and time.monotonic() < deadline:
             time.sleep(0.05)  # two nodes could do it all before the third has started a worker
         shipped = [path for path in sys.path if "py_modules_files" in path]
-        for name in ("create_with_ray.py", "sharding/run.py"):
+        for name in ("create_with_ray.py", "create_webdataset.py", "sharding/run.py"):
             assert any(os.path.exists(f"{path}/{name}") for path in shipped), name
         return pack_on_node(folder, shard_id)
 
