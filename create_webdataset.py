@@ -148,7 +148,7 @@ def pack_all(args: argparse.Namespace) -> int:
 
 
 @one_line_errors("create_webdataset.py")
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
     with interruptible(args.source, args.output, args.run):

@@ -15,6 +15,7 @@ from sharding.command import (
     Parser,
     ProgressBar,
     add_source_arguments,
+    interruptible,
     list_source,
     number_from,
     one_line_errors,
@@ -28,7 +29,7 @@ from sharding.samples import Listing, parse_fields
 from sharding.shards import MAX_SHARDS, Found
 from sharding.show import DRAWN, draw_samples, one_line, print_samples, print_verdict
 from sharding.training import count_samples, open_webdataset
-from sharding.urls import is_url, refuse_url
+from sharding.urls import refuse_url
 from sharding.verify import Result, check_dataset
 
 __all__ = ["count_samples", "open_webdataset"]  # to import from here
@@ -166,13 +167,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 @one_line_errors("read_webdataset.py")
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command line; see --help."""
     args = build_parser().parse_args(argv)
-    if is_url(args.path, "path") or is_url(args.source or "", "source"):
-        with plain_interrupt():  # a request that waits for its answer would not notice Ctrl-C
-            return run(args)
-    return run(args)
+    with interruptible(args.path, args.source):
+        return run(args)
 
 
 if __name__ == "__main__":

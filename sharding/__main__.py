@@ -25,7 +25,7 @@ from sharding.command import (
 )
 from sharding.errors import AlreadyDone, InputError
 from sharding.run import STOPPING, finish, start
-from sharding.urls import canonical
+from sharding.urls import real
 
 USAGE = "python sharding start [options] | python sharding publish --run DIR"
 EXAMPLES = """examples:
@@ -81,8 +81,7 @@ def publish_run(argv: Sequence[str]) -> int:
     parser.add_argument("--run", metavar="DIR", required=True, help="what `start` printed")
     args = parser.parse_args(argv)
     require(args, "run")
-    run = canonical(args.run)
-    print(finish(run))
+    print(finish(real(args.run)))
     return 0
 
 

@@ -22,7 +22,7 @@ from sharding.urls import is_url
 class Dataset(Protocol):
     """A dataset: shards that are published in one place."""
 
-    START_METHOD: str | None  # of processes that read there, if it matters
+    REMOTE: bool  # files have no paths, and processes that read there must not fork
 
     def find_shards(self, path: str) -> Found:
         """Return the shards in a place, or those that a pattern such as "out/shard-00*.tar" names.
@@ -121,7 +121,7 @@ class Output(Protocol):
 class Source(Protocol):
     """Where the raw files of samples are."""
 
-    START_METHOD: str | None  # see Dataset
+    REMOTE: bool  # see Dataset
     NOTHING: str  # what is said of an empty one; "{cure}" stands for the usual cure
 
     def list_files(self, scan: Scan) -> None:

@@ -15,7 +15,6 @@ from sharding.archive import Damaged, read_members
 from sharding.errors import PackError
 from sharding.places import dataset_at
 from sharding.samples import RESERVED_FOLDER, split_name
-from sharding.urls import is_url
 
 T = TypeVar("T")
 
@@ -90,7 +89,9 @@ def read_samples(
     Raises:
         PackError: the shard is damaged, or was replaced while it was read; it names the shard.
     """
-    where = {"__url__": path} if is_url(path) else {"__url__": path, "__local_path__": path}
+    where = {"__url__": path}
+    if not dataset_at(path).REMOTE:
+        where["__local_path__"] = path
     buffering = SCAN_SIZE if later() else READ_SIZE
     try:
         with dataset_at(path).open_shard(path, buffering) as (stream, end, version):

@@ -19,7 +19,7 @@ from sharding.command import drop_output
 from sharding.decoding import decodes
 from sharding.errors import count
 from sharding.faults import left_out
-from sharding.listing import Listing
+from sharding.samples import Listing
 from sharding.shards import shard_number
 from sharding.verify import Faults
 from sharding.verify_shard import Checked

@@ -108,7 +108,7 @@ def count_samples(
     """
     if not isinstance(path, (str, os.PathLike)):
         return sum(map(count_samples, path))
-    if dataset_at(path).START_METHOD:  # whoever counts there can fork no more
+    if dataset_at(path).REMOTE:  # whoever counts there can fork no more
         return int(ask("sharding.training", "count", os.fspath(path)))
     return sum(map(count_shard, dataset_at(path).find_shards(os.fspath(path)).shards))
 

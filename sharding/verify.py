@@ -91,7 +91,8 @@ def check_dataset(
     checked: list[Checked] = []
     try:
         # A process that is forked from one that used a store cannot use it.
-        method = dataset_at(shards[0]).START_METHOD or source_at(source).START_METHOD
+        remote = dataset_at(shards[0]).REMOTE or source_at(source).REMOTE
+        method = "spawn" if remote else None
         for shard in _check_in_parallel(tasks, min(num_workers, len(shards)), method):
             progress()
             checked.append(shard)

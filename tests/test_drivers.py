@@ -24,7 +24,7 @@ from sharding.errors import PackError
 from sharding.folder.dataset import staging_folders
 from sharding.folder.mounts import lock_output
 from sharding.folder.staging import staged_shards
-from sharding.run import STOPPING, finish, load
+from sharding.run import STOPPING, finish
 from sharding.shards import shard_name
 
 SUMMARY = r"1,003 samples in 5 shards, [\d,]+ bytes \(mean [\d,]+, largest [\d,]+\) in [\d.]+ s"
@@ -330,7 +330,7 @@ def test_a_publishing_that_was_cut(moved: int, by_its_new_name: bool, tmp_path: 
             rename(old, new)
 
         os.rename = rename_or_die
-        finish(load(run))
+        finish(run)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     late = run_script("create_webdataset.py", "--run", run, "--shard-id=0")

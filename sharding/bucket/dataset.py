@@ -20,7 +20,7 @@ from sharding.errors import PackError
 from sharding.shards import SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards, shard_number
 from sharding.urls import canonical
 
-START_METHOD: str | None = "spawn"  # of processes that read shards: a forked one cannot use a store
+REMOTE = True  # a process that was forked from one that had read there cannot
 PLAN = ".webdataset-plan"  # stands beside the shards until all are there; see claim.py
 UNFINISHED = "a run is not finished; finish it with --resume"
 

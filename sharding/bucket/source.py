@@ -25,7 +25,7 @@ from sharding.samples import Samples
 if TYPE_CHECKING:
     from sharding.scan import FolderScan, Scan
 
-START_METHOD: str | None = "spawn"  # see dataset.py
+REMOTE = True
 NOTHING = "there is nothing; are bucket and prefix right?"
 WHOLE_SIZE = 512 << 10  # bytes of an object that is read whole; larger ones are fetched in ranges
 READ_THREADS = 32  # of a process; a store takes some 25 ms for an object of any small size

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from sharding.errors import InputError, PackError, argument, explain, naming
 from sharding.shards import REPLACED, SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards
 
-START_METHOD: str | None = None
+REMOTE = False
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
 MARKER = "publishing"  # stands in that folder while its shards replace the previous ones
 

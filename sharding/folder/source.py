@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Parents = tuple[str, ...]  # the real path of each
 
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process, not faults of a name
-START_METHOD: str | None = None
+REMOTE = False
 NOTHING = "{cure}, or make some with ./make_dummy_data.sh"  # what to do with an empty source
 NAMES_AT_ONCE = 4_096
 WHOLE_SIZE = 64 << 10  # bytes of a file that is read whole; larger ones are copied
