@@ -25,11 +25,11 @@ import create_webdataset as core
 import read_webdataset
 from sharding.errors import InputError, PackError, explain
 from sharding.folder import dataset as folder
-from sharding.folder import mounts
+from sharding.folder import mounts, staging
 from sharding.folder import run as folder_run
 from sharding.listing import list_samples
-from sharding.plan import PLAN, Plan
-from sharding.run import STOPPING, Run
+from sharding.plan import PLAN
+from sharding.run import STOPPING
 from sharding.run import start as start_run
 from sharding.shards import PARTIAL_PATTERN, SHARD_PATTERN, STAGED_PATTERN, shard_name
 
@@ -162,7 +162,7 @@ def test_kill_in_the_middle_of_publishing(
                 left[0] -= 1
             rename(source, target)
 
-        run, _ = start_run(
+        run = start_run(
             list_samples(source), output=output, total_shards=SHARDS, driver=os.getpid()
         )
         for shard_id in range(SHARDS):
@@ -192,7 +192,8 @@ def test_kill_in_the_middle_of_publishing(
 
 
 def test_many_missing_shards_are_counted(tmp_path: Path) -> None:
-    run = Run(str(tmp_path), Plan("", "", 1_000, 1_000, {}, {}, 0.0, "", 0))
+    path = write_pairs(tmp_path / "source", 1_000, largest=1)
+    run = start_run(list_samples(path), output=tmp_path / "o", total_shards=1_000, driver=1)
     with pytest.raises(
         PackError, match=r"1,000 shards \(0, 1, 2, 3, 4, \.\.\.\).*same command again to"
     ):
@@ -228,8 +229,8 @@ def test_workers_whose_driver_is_a_zombie(old_and_new, tmp_path: Path) -> None:
     assert process.stdout and process.stdout.readline()
     process.kill()
     wait_for_lock(output)
-    (staging,) = folder.staging_folders(output)
-    assert len(staging.staged_shards(staging)) < 1200
+    (left,) = folder.staging_folders(output)
+    assert len(staging.staged_shards(left)) < 1200
     process.communicate()
 
 
@@ -388,7 +389,7 @@ def test_synced_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         os, "unlink", lambda p, **o: (calls.append(f"drop {os.path.basename(p)}"), unlink(p, **o))
     )
-    run, _ = start_run(list_samples(source), output=tmp_path / "out", total_shards=1)
+    run = start_run(list_samples(source), output=tmp_path / "out", total_shards=1)
     assert synced.read_bytes() == Path(run.path, PLAN).read_bytes()
     pack_shard_of(run, 0)
     run.finish()
@@ -554,7 +555,7 @@ def test_a_file_system_that_cannot_sync_a_folder(number: int, preload: str, tmp_
 
 def test_signals_wait_until_all_is_published(tmp_path: Path, monkeypatch) -> None:
     """To end between two renames would leave neither the old dataset nor the new one."""
-    run, _ = start_run(
+    run = start_run(
         list_samples(write_pairs(tmp_path / "source", 4)), output=tmp_path / "o", total_shards=2
     )
     for shard_id in range(2):
@@ -582,7 +583,7 @@ def test_signals_wait_until_all_is_published(tmp_path: Path, monkeypatch) -> Non
 def test_a_task_that_is_at_work_while_it_publishes(tmp_path: Path, monkeypatch) -> None:
     """It keeps its folder if shards are missing; what it adds at the last moment is noticed."""
     source, output, new = write_pairs(tmp_path / "s", 4), tmp_path / "o", folder_run.new_staging
-    run, _ = start_run(list_samples(source), output=output, total_shards=2)
+    run = start_run(list_samples(source), output=output, total_shards=2)
     pack_shard_of(run, 0)
     monkeypatch.setattr(folder_run, "new_staging", None)
     with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
