@@ -63,12 +63,15 @@ def pair_folders(pictures, captions):
 
 def read_table(path):
     """Return the rows of a table; the byte-order mark that Excel writes is no part of it."""
-    with open(path, newline="", encoding="utf-8-sig") as stream:
-        table = stream.read()
-    if path.endswith((".jsonl", ".ndjson")):
-        return [json.loads(line) for line in table.split("\n") if line.strip()]
-    header = table.partition("\n")[0]
-    return list(csv.DictReader(io.StringIO(table), delimiter=max(",;\t", key=header.count)))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            table = stream.read()
+        if path.endswith((".jsonl", ".ndjson")):
+            return [dict(json.loads(line)) for line in table.split("\n") if line.strip()]
+        header = table.partition("\n")[0]
+        return list(csv.DictReader(io.StringIO(table), delimiter=max(",;\t", key=header.count)))
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path!r} is no table in UTF-8: {error}") from None
 
 
 def choose(there, names):
@@ -86,11 +89,10 @@ def pair_table(pictures, table, columns, field):
     """Pair each row's picture with its text."""
     rows = read_table(table)
     there = list(dict.fromkeys(column for row in rows for column in row))
-    chosen = columns.split(",") if columns else [None, None]
-    file, text = (
-        choose(there, [name] if name else usual)
-        for name, usual in zip(chosen, (FILE_COLUMNS, TEXT_COLUMNS), strict=True)
-    )
+    named = [[name] for name in columns.split(",")] if columns else [FILE_COLUMNS, TEXT_COLUMNS]
+    if len(named) != 2:
+        raise ValueError("--columns takes two columns: FILE,TEXT")
+    file, text = (choose(there, names) for names in named)
     pairs, known = Pairs({}, {}, [], []), {os.path.relpath(table, pictures)}
     for number, row in enumerate(rows, 1):
         path = os.path.join(pictures, row.get(file) or "")

@@ -369,19 +369,18 @@ def test_training(packed: Path, decode: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_loop_of_the_readme(ranks: int, tmp_path: Path) -> None:
+def test_the_example(ranks: int, tmp_path: Path) -> None:
     """It runs as it stands; killed at two random steps, it takes the steps of an unbroken run."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (loop,) = re.findall(r"```python\n(import os\nimport torch .*?)```", readme, re.DOTALL)
+    loop = (ROOT / "examples" / "train.py").read_text(encoding="utf-8")
     made = run_script("make_dummy_data.sh", "500", tmp_path / "source")
     assert made.returncode == 0, made.stderr
     for number in range(0, 500, 9):
         (tmp_path / "source" / f"sample-{number}.jpg").write_bytes(jpeg(9 + number, 70))
     pack(tmp_path / "source", tmp_path / "webdataset_output", SHARDS)
     kill = 'if step == int(os.environ.get("KILL", 0)):\n                os.kill(os.getpid(), 9)'
-    save = "if step % 100 == 0:"
-    assert loop.count(save) == 1
-    often = loop.replace(save, f"{kill}\n            {save.replace('100', '3')}")
+    save = "if step % SAVE_EVERY == 0:"
+    assert loop.count(save) == loop.count("SAVE_EVERY = 100") == 1
+    often = loop.replace(save, f"{kill}\n            {save}").replace("EVERY = 100", "EVERY = 3")
 
     def start(text: str, kill: int, ranks: int = ranks) -> subprocess.CompletedProcess[str]:
         (tmp_path / "train.py").write_text(text, encoding="utf-8")

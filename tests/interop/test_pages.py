@@ -1,0 +1,18 @@
+"""README and docs/training.md with torch: each loop and command, as they stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pages import PAGES, make_layouts, make_project, run_page
+
+pytest.importorskip("accelerate", reason="see `make interop`")
+
+
+@pytest.mark.parametrize("page", ["README.md", "training.md"])
+def test_page(page: str, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "wds-example")
+    if page != "README.md":
+        make_layouts(project)
+    assert run_page(PAGES[page], project, torch=True) >= 8
