@@ -90,7 +90,13 @@ def make_project(folder: Path) -> Path:
     """Copy the project, as a clone is, with a .venv that leads to this interpreter."""
     for name in ("source_data", "webdataset_output", ".venv/bin", "bin"):
         (folder / name).mkdir(parents=True)
-    for name in (*SCRIPTS, "make_dummy_data.sh", "Makefile", "requirements.txt"):
+    for name in (
+        *SCRIPTS,
+        "make_dummy_data.sh",
+        "Makefile",
+        "requirements.txt",
+        "requirements-dev.txt",
+    ):
         shutil.copy(ROOT / name, folder / name)
     for name in ("sharding", "examples"):
         shutil.copytree(ROOT / name, folder / name)

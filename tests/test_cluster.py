@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pages
 import pytest
 import ray
 from conftest import KEYS, ROOT, hashes, run_script, without_privileges, write_pairs
@@ -109,6 +110,20 @@ def test_a_cluster_of_another_python(source, cluster, tmp_path, monkeypatch, cap
     err = capfd.readouterr().err
     assert f"Python: 3.{real.minor}.{real.micro} This process" in err, err
     assert f"Python: 3.{real.minor - 1}.1" in err and err.count("\n") == 1, err
+
+
+def test_the_command_of_the_docs(source, expected, cluster, tmp_path) -> None:
+    """As docs/cluster.md gives it, on this cluster."""
+    steps = [step.command for step in pages.steps(pages.PAGES["cluster.md"])]
+    command, again = (c for c in steps if "create_with_ray.py --address" in c)
+    assert again.endswith(command)
+    command = command.replace("10.99.1.1:6379", cluster.address)
+    command = command.replace("/shared/raw", str(source)).replace("/shared", str(tmp_path))
+    command = command.replace("--num-shards 16", f"--num-shards {SHARDS}")
+    project = pages.make_project(tmp_path / "wds-example")
+    printed = pages.run(command, project)
+    assert "All shards created successfully with Ray." in printed, printed
+    assert hashes(tmp_path / "shards") == expected
 
 
 def test_hiccups_are_retried_and_nothing_else(cluster, tmp_path, monkeypatch, capfd) -> None:

@@ -72,6 +72,15 @@ def test_what_is_left_out_is_there() -> None:
         assert any(re.match(pattern, command) for command in commands), pattern
 
 
+def test_make(tmp_path: Path) -> None:
+    """Its help fits a screen; whoever starts the tests learns how long they take."""
+    project = make_project(tmp_path / "wds-example")
+    lines = run("make help", project).splitlines()
+    assert "demo" in lines[1] and len(lines) <= 24 and max(map(len, lines)) <= 80, lines
+    said, *commands = run("make -n test", project).splitlines()[-3:]
+    assert "minutes" in said and " -m pytest" in commands[0], (said, commands)
+
+
 def test_readme(tmp_path: Path) -> None:
     """From an empty clone on."""
     project = make_project(tmp_path / "wds-example")

@@ -47,9 +47,7 @@ LINKED = {
 
 
 @pytest.mark.parametrize("mark", ["utf-8", "utf-8-sig"])
-@pytest.mark.parametrize(
-    "name", ["captions.csv", "semicolons.csv", "captions.tsv", "metadata.jsonl"]
-)
+@pytest.mark.parametrize("name", ["commas.csv", "semicolons.csv", "tabs.tsv", "metadata.jsonl"])
 def test_a_table(tmp_path: Path, name: str, mark: str) -> None:
     """With a byte-order mark, as Excel writes it, or without."""
     photos = touch(tmp_path / "photos", "x/a.jpg", "b.jpg", "lonely.jpg")
