@@ -21,6 +21,7 @@ from PIL import Image
 
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 SCRIPTS = ["create_webdataset.py", "run_parallel.sh", "create_with_ray.py", "read_webdataset.py"]
+REQUIREMENTS = ["requirements.txt", "requirements-dev.txt"]
 # What is not run, and why not.
 LEFT_OUT = {
     r"git clone ": "the project is here",
