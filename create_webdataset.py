@@ -91,7 +91,7 @@ def build_parser() -> Parser:
     add("--total-shards", metavar="N", type=number, help=what)
     add("--shard-step", metavar="K", type=number, help="pack shards I, I+K, I+2K, ...")
     add = parser.add_argument_group("a run that `python sharding start` has planned").add_argument
-    what = "its folder; takes the place of all flags but --shard-id and --shard-step"
+    what = "its folder; of the other flags, only --shard-id and --shard-step go with it"
     add("--run", metavar="DIR", help=what)
     return parser
 

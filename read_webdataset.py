@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("what to show").add_argument
     add("--limit", metavar="N", type=number_from(0), help="show the first N samples (default: all)")
-    add("--quiet", action="store_true", help="print the summary alone")
+    add("--quiet", action="store_true", help="print only the summary")
     add("--preview", metavar="FILE", help=f"draw samples of all shards (--limit, or {DRAWN})")
     add("--no-check", action="store_true", help="show or draw samples, and check nothing")
     add = parser.add_argument_group("what to check").add_argument

@@ -36,7 +36,7 @@ def main():
     args = parser.parse_args()
     try:
         if not os.path.isdir(args.source):
-            raise ValueError(f"{args.source!r} is no folder")
+            raise ValueError(f"{args.source!r} is not a folder")
         found = faulty_files(args.report, args.source)
         there = [path for path in found if os.path.lexists(path)]
         for path, reason in found.items():

@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
         return publish_run(rest)
     if step[:1] == "-":
         Parser(USAGE, __doc__ or "", EXAMPLES).parse_args([step])
-    raise InputError(f"{step!r} is no command: start or publish? (see --help)")
+    raise InputError(f"{step!r} is not a command: start or publish? (see --help)")
 
 
 if __name__ == "__main__":

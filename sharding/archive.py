@@ -284,7 +284,7 @@ def _read_header(header: bytes, extended: bytes, offset: int) -> tuple[bytes, st
         raise Damaged(f"no tar header {where}: damaged, compressed or no tar at all") from error
     kind, size = info.type, info.size
     if kind not in (*PLAIN, *EXTENDED, tarfile.DIRTYPE) or b"GNU.sparse" in extended:
-        raise Damaged(f"member of type {kind!r}, which is no plain file, {where}")
+        raise Damaged(f"member of type {kind!r}, which is not a regular file, {where}")
     if kind == tarfile.DIRTYPE and (size or header[156:157] != kind):
         raise Damaged(f"a folder's name on a file, or a folder with content, {where}")
     return kind, info.name, size

@@ -66,7 +66,7 @@ def check_ready(address: str | None) -> None:
     except (OverflowError, ValueError):
         raise InputError(f"cluster at {address!r}: give HOST:PORT, auto or local") from None
     except OSError as error:
-        raise PackError(f"cluster at {address!r}: {error}; see README, On a cluster") from None
+        raise PackError(f"cluster at {address!r}: {error}; see docs/cluster.md") from None
 
 
 # ---------------------------------------------------------------- signals
@@ -181,7 +181,7 @@ def _refusal(address: str | None, error: Exception) -> PackError:
         reason += f"; set HOME to a folder that may be written (now {home!r})"
     if address is None:
         return PackError(f"Ray does not start: {reason}")
-    cure = "is RAY_AUTH_MODE=token set, and the token the cluster's? see README, On a cluster"
+    cure = "is RAY_AUTH_MODE=token set, and the token the cluster's? see docs/cluster.md"
     return PackError(f"cluster at {address!r}: {reason}; {cure}")
 
 
@@ -253,7 +253,7 @@ def check_nodes(run: Run, signals: Signals) -> None:
                 if reason := ray.get(done):
                     problems[name] = reason
             except ray.exceptions.RayError as error:
-                cure = "if it is gone, wait until `ray status` does not list it any more"
+                cure = "if it is gone, wait until `ray status` no longer lists it"
                 raise PackError(f"node {name} runs no tasks: {explain(error)}; {cure}") from None
     if problems:
         raise PackError(

@@ -63,7 +63,7 @@ def refuse_others(parser: Parser, args: argparse.Namespace, first: str, *more: s
     plain = parser.parse_args([])
     for name, value in vars(args).items():
         if name not in (first, *more) and value != getattr(plain, name):
-            message = f"{argument(first)} names a run that has a plan"
+            message = f"{argument(first)} names a run that is planned already"
             raise InputError(f"{message}: leave out {argument(name)}")
 
 
@@ -74,11 +74,11 @@ def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the sour
     what = "a sample's files (default: %(default)s); A;B for one of two"
     add("--fields", metavar="A,B", default="jpg,txt", help=what)
     add("--optional-fields", metavar="A,B", default="", help="files that a sample may lack")
-    what = "let names have dots before the field, and replace them by C in the key"
+    what = "allow dots in names, and replace them by C in the key"
     add("--replace-dots", metavar="C", help=what)
     add("--skip-bad", action="store_true", help="drop what would be refused, and count it")
     add("--shuffle", metavar="SEED", type=int, help="shuffle before sharding")
-    add("--report", metavar="FILE", help="write every name that is left out, as JSON lines")
+    add("--report", metavar="FILE", help="write every name that is refused or left out, and why")
 
 
 def list_source(args: argparse.Namespace, report: Report | None = None) -> Listing:
@@ -93,7 +93,7 @@ def list_source(args: argparse.Namespace, report: Report | None = None) -> Listi
 
 def driver_parser(command: str, purpose: str, example: str = "") -> argparse.ArgumentParser:
     """Return the parser that the drivers share."""
-    where = "By default from source_data to webdataset_output beside this script."
+    where = "By default, source_data is packed into webdataset_output, both beside this script."
     usual = f"  {command} --source raw --output out --num-workers 8 --num-shards 64"
     examples = f"examples:\n{usual}\n{example}"
     parser = Parser(f"{command} [options]", f"{purpose}\n{where}", examples)
@@ -101,16 +101,21 @@ def driver_parser(command: str, purpose: str, example: str = "") -> argparse.Arg
     add = parser.add_argument_group("the output").add_argument
     what = "folder (made if missing) or s3:// URL for the shards"
     add("--output", metavar="DIR", help=what)
-    what = "take over a run that no lock tells to be dead: in a bucket, an array job"
+    what = "take over an interrupted run in a bucket or of an array job"
     add("--resume", action="store_true", help=what)
-    what = "pack afresh, whatever an interrupted run had finished"
+    what = "pack afresh; discard what an interrupted run has finished"
     add("--replace", action="store_true", help=what)
     add = parser.add_argument_group("the work").add_argument
     number = number_from(1, MAX_SHARDS)
     workers = f"processes, or tasks at a time (default: {NUM_WORKERS})"
     add("--num-workers", metavar="N", type=number, help=workers)
     add("--num-shards", metavar="N", type=number, help="shards (default: as many as workers)")
-    add("--samples-per-shard", metavar="N", type=number_from(1), help="this in place of that")
+    add(
+        "--samples-per-shard",
+        metavar="N",
+        type=number_from(1),
+        help="the most samples of a shard, instead of --num-shards",
+    )
     parser.set_defaults(source=_PROJECT / "source_data", output=_PROJECT / "webdataset_output")
     return parser
 
@@ -120,7 +125,7 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
     require(args, "source", "output")
     if args.num_shards and args.samples_per_shard:
         both = f"{argument('num_shards')} and {argument('samples_per_shard')}"
-        raise InputError(f"{both} settle the same: give one of them")
+        raise InputError(f"{both} both set the number of shards: give one")
     options = {"output": args.output, "resume": args.resume, "replace": args.replace}
     if args.samples_per_shard:
         return {**options, "samples_per_shard": args.samples_per_shard}

@@ -41,7 +41,9 @@ INCOMPLETE = Kind(
     f"add it, or give other {argument('fields')} or {argument('optional_fields')}",
 )
 DOUBLED = Kind(
-    "doubled", "files whose key and field another has, in upper or lower case", "rename them"
+    "doubled",
+    "files with the key and field of another, apart from upper and lower case",
+    "rename them",
 )
 ALTERNATIVES = Kind(
     "two alternatives", "samples with two alternatives of one field", "remove one of them"
@@ -52,17 +54,17 @@ DOTTED = Kind(
     f"rename them, or give {argument('replace_dots')} _",
 )
 MEETING = Kind(
-    "meeting", "names whose keys meet once their dots are replaced", "rename one of them"
+    "meeting", "names that get the same key once their dots are replaced", "rename one of them"
 )
 RESERVED = Kind("reserved", "names that begin with __, which readers drop", "rename them")
 BAD_NAME = Kind(
     "unreadable name", "names that are not UTF-8, or that hold a newline", "rename them"
 )
-CIRCLE = Kind("circle", "folders that are links to a folder they lie in", "remove the link")
+CIRCLE = Kind("circle", "symlink loops", "remove the link")
 DENIED = Kind("permission denied", "names that may not be read", "change their mode or owner")
 UNREACHABLE = Kind(
     "unreachable",
-    "names that cannot be looked at, and may be folders of samples",
+    "names that cannot be reached, and may be folders of samples",
     "mount or repair what they lead to, or remove them",
 )
 
@@ -114,7 +116,7 @@ def open_report(path: str | None, *folders: str | os.PathLike[str] | None) -> It
         if not os.path.isdir(os.path.dirname(real)):
             raise InputError(f"{name}: its folder does not exist; make it")
         if os.path.exists(real) and not os.path.isfile(real):
-            raise InputError(f"{name} is no place for a file")
+            raise InputError(f"{name} is not a file")
     try:
         yield report
         report.open()  # also where there is nothing to report

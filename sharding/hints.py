@@ -31,7 +31,7 @@ Required = tuple[tuple[str, ...], ...]  # see Fields
 class Loose:
     """Stems with files that are in no sample, or a part of them, chosen by the file's own name.
 
-    So all files of a name are kept or none, whichever folders they lie in.
+    So all files of a name are kept or none, whichever folder they are in.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ def _apart(fields: Fields, loose: Loose) -> str:
             pair = sorted(f"{stem}.{loose.stems[stem][0]}" for stem in groups[min(whole)])
             names = " and ".join(map(quote, pair[:2]))
             also = "" if required is fields.required else _other_fields(fields, kinds, loose)
-            return f"; {names} lie apart: put them into one folder, as links if you like{also}"
+            return f"; {names} are in different folders: put them into one{also}"
     return ""
 
 

@@ -66,7 +66,7 @@ def check_preview(target: str, limit: int) -> None:
     Image.init()
     flag = argument("preview")
     if Image.EXTENSION.get(os.path.splitext(target)[1].lower()) not in Image.SAVE:
-        raise InputError(f"{flag} {target!r}: no ending of an image, such as .png")
+        raise InputError(f"{flag} {target!r}: not the name of an image, such as x.png")
     if not os.path.isdir(os.path.dirname(target) or os.curdir):
         raise InputError(f"{flag} {target!r}: its folder does not exist; make it")
     if limit > MAX_PREVIEW:

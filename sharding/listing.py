@@ -65,7 +65,7 @@ def list_samples(
         scan.refuse(where.NOTHING)
     if skip_bad and sum(skipped.values()) > len(scan.keys):
         names = f"{sum(skipped.values()):,} bad names"
-        warn(f"{len(scan.keys):,} samples are left beside {names}; are the fields right?")
+        warn(f"{len(scan.keys):,} samples are left, besides {names}; are the fields right?")
     scan.keys.sort(key=None if shuffle is None else functools.partial(_shuffle_rank, shuffle))
     ignored = dict(scan.ignored)
     return Listing(started, scan.source, scan.fields, scan.samples(), ignored, skipped, shuffle)

@@ -115,7 +115,7 @@ def load_samples(stream: BinaryIO, shard_id: int, name: str, remove: str) -> Sam
 
 def no_run(folder: str) -> PackError:
     """Return the error that a folder is not named as a run is."""
-    return PackError(f"{folder!r} is no run: give what `python sharding start` printed")
+    return PackError(f"{folder!r} is not a run: give what `python sharding start` printed")
 
 
 def not_packed(plan: Plan, missing: Sequence[int]) -> PackError:
@@ -162,7 +162,7 @@ def does_not_fit(output: str, finished: int, differs: Sequence[str]) -> InputErr
     """
     return InputError(
         f"{output!r}: the interrupted run, with {count(finished, 'finished shard')}, has "
-        f"{', '.join(differs)}; give what it was given, or {argument('replace')} to pack afresh"
+        f"{', '.join(differs)}; give the same as then, or {argument('replace')} to pack afresh"
     )
 
 

@@ -124,7 +124,7 @@ def start(
         samples_per_shard: the most samples that a shard gets.
         resume: take over a run that no lock tells to be dead: in a bucket, an array job, on a file
             system without locks.
-        replace: pack afresh, whatever an interrupted run had finished; an array job is left alone.
+        replace: pack afresh; discard what an interrupted run has finished (no array job).
         driver: id of the process without which no worker goes on; None for an array job.
 
     Returns:
@@ -198,7 +198,7 @@ def finish(path: str, lock: int | None = None) -> str:
     finally:
         for number, handler in zip(caught, handlers, strict=True):
             signal.signal(number, handler)
-    instead = f"; in place of {count(replaced, 'shard')} that were there" if replaced else ""
+    instead = f"; replaced {count(replaced, 'shard')}" if replaced else ""
     return (
         f"{count(plan.total_samples, 'sample')} in {count(len(sizes), 'shard')}, "
         f"{sum(sizes):,} bytes (mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "

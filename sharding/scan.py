@@ -182,7 +182,9 @@ class Scan:
         """Return what may be behind samples that lack a field, or nothing."""
         if self.same_form:
             one, two = map(quote, self.same_form)
-            return f"; {one} and {two} differ in Unicode form alone (NFC, NFD): give both one form"
+            return (
+                f"; {one} and {two} differ only in Unicode form (NFC, NFD): use one form for both"
+            )
         return hints.hint(self.fields, self.loose, self.samples())
 
 

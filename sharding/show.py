@@ -145,7 +145,7 @@ def _how_to_pack(shard: str, total: int, source: str | None) -> str:
         f"--source {shlex.quote(source) if source else 'DIR'} "
         f"--output {shlex.quote(os.path.dirname(shard) or os.curdir)} "
         f"--shard-id {shard_number(shard)} --total-shards {total if source else 'N'}, "
-        "with the other flags of the first time"
+        "with the other flags that you packed with"
     )
 
 

@@ -124,7 +124,7 @@ def _split(fields: str | Iterable[str]) -> list[str]:
     entries = [entry.lower() for entry in named.split(",")]
     for field in (field for entry in entries for field in entry.split(";")):
         if not field or field.split() != [field]:
-            raise InputError(f'fields {named!r}: {field!r} is no field; write e.g. "jpg,txt"')
+            raise InputError(f'fields {named!r}: {field!r} is not a field; write e.g. "jpg,txt"')
     return entries
 
 

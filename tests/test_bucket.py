@@ -210,7 +210,7 @@ WRONG = {
     "bucket": ({}, "there is no such bucket"),
     "endpoint": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "does not answer; check AWS_ENDPOINT"),
     "none": ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "AWS_ACCESS_KEY_ID"),
-    "no URL": ({"AWS_ENDPOINT_URL": "127.0.0.1:18401"}, "AWS_ENDPOINT_URL: no URL such as"),
+    "no URL": ({"AWS_ENDPOINT_URL": "127.0.0.1:18401"}, "AWS_ENDPOINT_URL: not a URL such as"),
     "password": (
         {"AWS_ENDPOINT_URL": "http://me:hidden@127.0.0.1:1"},
         "127.0.0.1:1 does not answer",

@@ -74,7 +74,7 @@ def test_worker_count_changes_nothing(
     for again in (False, True):  # the second run replaces what the first one wrote, and says so
         done = run_script("run_parallel.sh", *flags, "--num-workers", str(workers))
         assert done.returncode == 0 and not done.stderr, done.stderr
-        assert ("; in place of 5 shards that were there\n" in done.stdout) == again
+        assert ("; replaced 5 shards\n" in done.stdout) == again
         assert hashes(tmp_path) == hashes(packed_by_bash)
 
 
@@ -134,7 +134,9 @@ def test_most_samples_dropped(tmp_path: Path) -> None:
     flags = ["--source", source, "--output", tmp_path / "o", "--skip-bad"]
     done = run_script("run_parallel.sh", *flags, "--num-shards=1")
     assert done.returncode == 0, done.stderr
-    assert "warning: 8 samples are left beside 187 bad names; are the fields right?" in done.stderr
+    assert (
+        "warning: 8 samples are left, besides 187 bad names; are the fields right?" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["new\nline", "a#b?c;d", "run:1", "{0..3}", "'\"$(x)`y`", "--o"])
@@ -296,7 +298,7 @@ def test_a_run_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "plan").touch()
     for command in (["sharding", "publish"], ["create_webdataset.py", "--shard-id=0"]):
         done = run_script(*command, "--run", tmp_path)
-        assert done.returncode == 1 and f"'{tmp_path}' is no run: give what" in done.stderr
+        assert done.returncode == 1 and f"'{tmp_path}' is not a run: give what" in done.stderr
         assert done.stderr.count("\n") == 1
         empty = run_script(*command, "--run", "")
         assert empty.returncode == 2 and "--run is required" in empty.stderr, empty
@@ -389,7 +391,7 @@ def test_an_output_that_is_not_utf_8(tmp_path: Path) -> None:
 def test_a_file_as_output(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "source", 9)
     done = run_script("run_parallel.sh", "--source", source, "--output", source / "sample-0.txt")
-    assert done.returncode == 2 and "sample-0.txt' is no folder" in done.stderr, done
+    assert done.returncode == 2 and "sample-0.txt' is not a folder" in done.stderr, done
 
 
 def make_unreadable(source: Path) -> None:

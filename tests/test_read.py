@@ -93,7 +93,7 @@ def test_odd_paths(name: str, tmp_path: Path, monkeypatch, capfd) -> None:
         ("empty", "pack some"),
         ("stray", "'shard-1.tar' has another name"),
         ("others", "'train-1.tar' has another name; shards begin with 'shard-000000.tar'"),
-        ("file", "is no shard-*.tar"),
+        ("file", "is not a shard-*.tar"),
     ],
 )
 def test_no_shards(name: str, cure: str, tmp_path: Path, capfd) -> None:

@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused(
     done = run_script(driver, *begin, *flags)
     assert done.returncode == 2 and not done.stdout, done
     said = f"{output}': the interrupted run, with 2 finished shards, has {differs.format(root)}; "
-    assert f"{said}give what it was given, or --replace to pack afresh\n" in done.stderr, done
+    assert f"{said}give the same as then, or --replace to pack afresh\n" in done.stderr, done
     assert done.stderr.count("\n") == 1 and hashes(output) == before
     if driver != "run_parallel.sh":
         return

@@ -370,7 +370,7 @@ def test_ways_to_decode_that_cannot_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fields", ["jpg, txt", "jpg,", [""], "jpg;,txt", "a b"])
 def test_fields_that_cannot_be(fields, tmp_path: Path) -> None:
     create_webdataset(write_pairs(tmp_path / "s", 1), tmp_path / "o", 0, 1)
-    with pytest.raises(InputError, match="is no field"):
+    with pytest.raises(InputError, match="is not a field"):
         open_webdataset(tmp_path / "o", fields, decode=None)
 
 

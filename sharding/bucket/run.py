@@ -122,7 +122,7 @@ def begin(
     if PLAN in found:
         before, etag = read_claim(output)
         if not isinstance(before, Plan):
-            raise PackError(f"{output!r}: another run is just being published there")
+            raise PackError(f"{output!r}: another run is being published there")
         if not resume:
             raise not_ended(output, before)
         _check_left(output, before, plan, replace)

@@ -119,7 +119,7 @@ def _endpoint() -> str:
         endpoint = os.environ.get(name, "")
         if endpoint:
             if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint):
-                raise InputError(f"{name}: no URL such as http://127.0.0.1:9000 or https://HOST")
+                raise InputError(f"{name}: not a URL such as http://127.0.0.1:9000 or https://HOST")
             return endpoint
     return ""
 

@@ -35,7 +35,7 @@ def _check_folder(output: str, name: str) -> None:
     """Refuse an output that is no folder, and cannot become one."""
     try:
         if not stat.S_ISDIR(os.stat(output).st_mode):
-            raise InputError(f"{name} is no folder")
+            raise InputError(f"{name} is not a folder")
     except FileNotFoundError:
         for path in (Path(output), *Path(output).parents):
             if path.is_symlink() and not path.exists():

@@ -101,7 +101,7 @@ def _chosen_shards(path: str, chosen: Sequence[str]) -> list[str]:
     for shard in chosen:
         named = SHARD_PATTERN.fullmatch(os.path.basename(shard))
         if not named or not stat.S_ISREG(os.stat(shard).st_mode):
-            raise InputError(f"{argument('path')} {path!r}: {shard!r} is no shard-*.tar")
+            raise InputError(f"{argument('path')} {path!r}: {shard!r} is not a shard-*.tar")
     return sorted(chosen, key=lambda shard: (os.path.basename(shard), shard))
 
 

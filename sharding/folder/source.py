@@ -165,7 +165,7 @@ def _cannot_list(error: OSError) -> InputError:
 def _odd(name: str, error: OSError | None = None) -> Odd:
     """Return why a name is no file to pack."""
     if error is None:
-        return Odd(name, faults.INCOMPLETE, "is no regular file")
+        return Odd(name, faults.INCOMPLETE, "is not a regular file")
     if isinstance(error, PermissionError):
         return Odd(name, faults.DENIED, "")
     try:

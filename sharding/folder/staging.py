@@ -66,8 +66,8 @@ def _rename_first(first: str, folder: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(output, LOCK))
         raise InputError(
-            f"{argument('output')} {output!r}: this file system renames no folders "
-            f"({error.strerror}), as publishing must; pack into a local folder, and copy that"
+            f"{argument('output')} {output!r}: this file system cannot rename folders "
+            f"({error.strerror}), which publishing needs; pack into a local folder, and copy that"
         ) from None
 
 
