@@ -23,12 +23,14 @@ from sharding.command import (
     one_line_errors,
     refuse_others,
     require,
+    stdout_apart,
 )
 from sharding.errors import attempt
 from sharding.listing import list_samples
 from sharding.run import Direct, Run, check_driver, load, start_direct
 from sharding.samples import deal
 from sharding.shards import MAX_SHARDS, Progress, Shard, check_shard_numbers
+from sharding.transform import dropped_by
 
 USAGE = """create_webdataset.py --source DIR --output DIR --shard-id I --total-shards N [options]
        create_webdataset.py --run DIR --shard-id I"""
@@ -61,9 +63,9 @@ def create_webdataset(
         output: the folder for the shard, made if missing.
         shard_id, total_shards: which shard to pack, 0 <= shard_id < total_shards.
         fields: the files of a sample; this and the flags are those of `list_samples`.
-        progress: called with the number of samples that have just been packed.
+        progress: called with the number of samples that have just been packed or dropped.
         store: False leaves the last step to the caller; see `Shard.store`.
-        flags: optional_fields, replace_dots, skip_bad, shuffle.
+        flags: optional_fields, replace_dots, skip_bad, shuffle, transform.
 
     Raises:
         InputError: the source or the shard numbers are bad; nothing was written.
@@ -142,9 +144,13 @@ def pack_all(args: argparse.Namespace) -> int:
     """Pack all the shards that the flags name; return the exit code."""
     run, shard_ids, samples = open_run(args)
     dealt = (deal(range(samples), shard_id, run.total_shards) for shard_id in shard_ids)
-    with ProgressBar(sum(map(len, dealt)), position=args.shard_id if args.run else 0) as bar:
-        done = [bar.report(*outcome) for outcome in pack_each(run, shard_ids, bar.update)]
-    return 0 if all(done) else 1
+    position = args.shard_id if args.run else 0
+    with stdout_apart(run.transform), ProgressBar(sum(map(len, dealt)), position=position) as bar:
+        outcomes = [(*one, bar.report(*one)) for one in pack_each(run, shard_ids, bar.update)]
+    shards = [shard for _, shard, _ in outcomes if isinstance(shard, Shard)]
+    if isinstance(run, Direct) and run.transform:  # of a run, the summary says it
+        print(dropped_by(run.transform, sum(shard.dropped for shard in shards))[2:])
+    return 0 if len(shards) == len(outcomes) else 1
 
 
 @one_line_errors("create_webdataset.py")

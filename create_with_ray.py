@@ -106,7 +106,7 @@ def pack_run(run: Run, address: str | None, num_workers: int | None) -> None:
                 if isinstance(outcome, StopRun):
                     raise outcome
                 if isinstance(outcome, Shard):
-                    bar.update(outcome.samples)
+                    bar.update(outcome.samples + outcome.dropped)
                 bar.report(shard_id, outcome)
 
 

@@ -20,9 +20,11 @@ from sharding.command import (
     number_from,
     one_line_errors,
     plain_interrupt,
+    stdout_apart,
 )
 from sharding.errors import InputError, PackError, argument, count, explain
 from sharding.faults import Report, open_report
+from sharding.pack import check_function
 from sharding.places import dataset_at
 from sharding.reading import sound_part
 from sharding.samples import Listing, parse_fields
@@ -124,6 +126,8 @@ def prepare(args: argparse.Namespace) -> Found:
     if args.preview is not None:
         check_preview(args.preview, args.limit or 0)
     found = dataset_at(args.path).find_shards(args.path)
+    if args.transform is not None and args.source is None:
+        raise InputError("--transform needs --source: the function is called on its samples")
     if args.source is not None and not found.whole:
         raise InputError("--source proves whole datasets: give their folder as --path")
     return found
@@ -133,7 +137,7 @@ def check(
     args: argparse.Namespace, found: Found, listing: Listing | None, report: Report
 ) -> Result:
     """Check all shards; return what they hold, and what is wrong with them."""
-    with ProgressBar(len(found.shards), unit=" shards") as bar:
+    with stdout_apart(args.transform), ProgressBar(len(found.shards), unit=" shards") as bar:
         return check_dataset(
             found,
             report,
@@ -158,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
     before = identify(found.shards)
     with open_report(args.report, args.source, args.path) as report:
         listing = None if args.source is None else list_source(args, report)
+        check_function(listing)
         show(args, found.shards)  # what it meets that is damaged, the check finds again
         checked, faults = check(args, found, listing, report)
     if identify(found.shards) != before:

@@ -19,6 +19,7 @@ from typing import Any
 import sharding
 from sharding.command import NUM_WORKERS, plain_interrupt
 from sharding.errors import InputError, PackError, explain
+from sharding.pack import function_problem
 from sharding.places import output_at, source_at
 from sharding.run import STOPPING, Run, can_catch
 
@@ -217,21 +218,25 @@ class _Tried(Exception):
     """A shard was begun, so its folder can be written."""
 
 
-def node_problem(path: str) -> str:
+def node_problem(path: str) -> str | InputError:
     """Return what keeps this node from reading the source or writing shards, if anything.
+
+    An InputError says what is wrong with the function for `--transform` here.
 
     In a bucket, to begin a shard sends nothing: there, to read the plan tells of credentials alone.
     """
     where = output_at(path)
     try:
-        source = where.read_plan(path).source
-        sample = where.read_samples(path, 0)[0]
+        plan, sample = where.read_plan(path), where.read_samples(path, 0)[0]
+        source = plan.source
         with source_at(source).open_file(source, sample.files()[0]):
             pass
         with contextlib.suppress(_Tried), where.new_shard(path, 0):
             raise _Tried  # which gives it up
     except (OSError, InputError, PackError) as error:
         return explain(error)
+    if plan.transform and (problem := function_problem(source, sample, plan.transform)):
+        return InputError(problem)
     return ""
 
 
@@ -250,7 +255,10 @@ def check_nodes(run: Run, signals: Signals) -> None:
         for done in signals.wait(asked):
             name = asked.pop(done)
             try:
-                if reason := ray.get(done):
+                reason = ray.get(done)
+                if isinstance(reason, InputError):
+                    raise InputError(f"--transform fails on node {name}: {explain(reason)}")
+                if reason:
                     problems[name] = reason
             except ray.exceptions.RayError as error:
                 cure = "if it is gone, wait until `ray status` no longer lists it"

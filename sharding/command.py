@@ -79,11 +79,13 @@ def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the sour
     add("--skip-bad", action="store_true", help="drop what would be refused, and count it")
     add("--shuffle", metavar="SEED", type=int, help="shuffle before sharding")
     add("--report", metavar="FILE", help="write every name that is refused or left out, and why")
+    what = "call a function of yours on each sample; what it returns is packed"
+    add("--transform", metavar="FILE.py:FUNCTION", help=what)
 
 
 def list_source(args: argparse.Namespace, report: Report | None = None) -> Listing:
     """List the source that the flags of `add_source_arguments` describe."""
-    names = ("fields", "optional_fields", "replace_dots", "skip_bad", "shuffle")
+    names = ("fields", "optional_fields", "replace_dots", "skip_bad", "shuffle", "transform")
     flags = {name: getattr(args, name) for name in names}
     refuse_url("report", args.report or "")
     own = None if report else open_report(args.report, args.source, args.output)
@@ -186,6 +188,38 @@ def plain_interrupt() -> Iterator[None]:
     finally:
         if ours:
             signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def stdout_apart(needed: object = True) -> Iterator[None]:
+    """Keep stdout for our own lines: what else prints here, a user's subprocess say, uses stderr.
+
+    Args:
+        needed: nothing happens without.
+    """
+    if not needed or not _is_plain(sys.stdout, 1) or not _is_plain(sys.stderr, 2):
+        yield
+        return
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    stream = open(ours, "w", errors="backslashreplace")  # noqa: SIM115
+    try:
+        with contextlib.redirect_stdout(stream):
+            yield
+            stream.flush()
+    finally:
+        os.dup2(ours, 1)
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def _is_plain(stream: TextIO, number: int) -> bool:
+    """Tell whether a stream is what the process was started with, and no caller's."""
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError):
+        return False
 
 
 def interruptible(*paths: str | os.PathLike[str] | None) -> AbstractContextManager[None]:

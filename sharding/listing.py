@@ -19,8 +19,9 @@ from collections.abc import Iterable, Iterator
 from sharding.errors import InputError, argument, warn
 from sharding.faults import Report
 from sharding.places import source_at
-from sharding.samples import Listing, parse_fields
+from sharding.samples import Listing, Transform, parse_fields
 from sharding.scan import Scan
+from sharding.transform import read_function
 from sharding.urls import without_slash
 
 
@@ -32,6 +33,7 @@ def list_samples(
     replace_dots: str | None = None,
     skip_bad: bool = False,
     shuffle: int | None = None,
+    transform: str | Transform | None = None,
     report: Report | None = None,
 ) -> Listing:
     """List a source, check all of it, and put its samples into the order of the shards.
@@ -44,6 +46,7 @@ def list_samples(
             with, and each dot in front of it becomes this character in the key.
         skip_bad: drop and count what would be refused.
         shuffle: order samples by a hash of this seed and the key, instead of by key.
+        transform: a function for each sample, or "FILE.py:FUNCTION", whose text is read now.
         report: takes every name that is left out or refused.
 
     Raises:
@@ -55,6 +58,7 @@ def list_samples(
     if replace_dots is not None and not re.fullmatch(r"[^\s./\\\0]", replace_dots):
         raise InputError(f"{argument('replace_dots')} takes one character, such as _")
     parsed = parse_fields(fields, optional_fields)
+    function = read_function(transform) if isinstance(transform, str) else transform
     where = source_at(source)
     scan = Scan(without_slash(source), parsed, replace_dots, skip_bad, report or Report())
     scan.report.open()
@@ -68,7 +72,9 @@ def list_samples(
         warn(f"{len(scan.keys):,} samples are left, besides {names}; are the fields right?")
     scan.keys.sort(key=None if shuffle is None else functools.partial(_shuffle_rank, shuffle))
     ignored = dict(scan.ignored)
-    return Listing(started, scan.source, scan.fields, scan.samples(), ignored, skipped, shuffle)
+    return Listing(
+        started, scan.source, scan.fields, scan.samples(), ignored, skipped, shuffle, function
+    )
 
 
 @contextlib.contextmanager

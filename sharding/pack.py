@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from typing import BinaryIO
+import io
+from collections.abc import Sequence
+from typing import Any, BinaryIO
 
+from sharding.apart import Ended, answer, ask
 from sharding.archive import FastTarWriter
 from sharding.batch import new_stamp
+from sharding.errors import InputError, PackError, argument, count, explain
 from sharding.places import output_at, source_at
-from sharding.samples import Samples
-from sharding.shards import PackedShard, Progress, Shard
+from sharding.samples import Function, Listing, Sample, Samples, Transform
+from sharding.shards import PackedShard, Progress, Shard, stamped
+from sharding.transform import TransformError, name_of, transformed
 
 
 def pack_shard(
@@ -20,6 +25,7 @@ def pack_shard(
     progress: Progress | None = None,
     how: str = "created",
     staged: bool = False,
+    transform: Transform | None = None,
 ) -> Shard:
     """Write one tar of these samples; the shard appears when it is stored, see `Shard.store`.
 
@@ -27,17 +33,28 @@ def pack_shard(
         path: where the shard goes: an output, or a run.
         how: see `Shard`.
         staged: it is a run, in which the shard waits under the stamp of its files.
+        transform: a function of the user's on each sample.
 
     Raises:
         PackError, OSError: packing failed; no shard appears.
     """
     with contextlib.ExitStack() as stack:
         new = stack.enter_context(output_at(path).new_shard(path, shard_id))
-        stamp = write_samples(new.stream, source, samples, progress)
+        stamp, dropped = write_samples(new.stream, source, samples, progress, transform)
+        if transform and dropped == len(samples):
+            raise _empty(dropped, transform)
         if staged:
-            new.stamp = stamp
+            new.stamp = stamped(stamp, dropped)
         packed = PackedShard(new, stack.pop_all())
-        return Shard(shard_id, len(samples), how=how, packed=packed)
+        return Shard(shard_id, len(samples) - dropped, how=how, packed=packed, dropped=dropped)
+
+
+def _empty(dropped: int, transform: Transform) -> PackError:
+    """Return the error that a shard would be empty, which makes some readers fail."""
+    return PackError(
+        f"no sample is left: {name_of(transform)} dropped {count(dropped, 'sample')}, all there "
+        "are; use fewer shards (if they become uneven, pack once more, from the shards)"
+    )
 
 
 def write_samples(
@@ -45,23 +62,72 @@ def write_samples(
     source: str,
     samples: Samples,
     progress: Progress | None = None,
-) -> str:
+    transform: Transform | None = None,
+) -> tuple[str, int]:
     """Write the tar archive of these samples to a stream.
 
     Members of a sample lie side by side, named <key>.<field>, as the format asks
-    (https://github.com/webdataset/webdataset, "The WebDataset Format"); bytes in, bytes out.
+    (https://github.com/webdataset/webdataset, "The WebDataset Format"); bytes in, bytes out,
+    unless a function of the user's says otherwise.
 
     Returns:
-        The stamp of the files, as `stamp_of` of the source gives it, if none has changed.
+        The stamp of the files, as `stamp_of` of the source gives it, if none has changed; the
+        number of samples that the function dropped.
     """
-    seen = new_stamp()
-    with (
-        contextlib.closing(source_at(source).read_batches(source, samples)) as batches,
-        FastTarWriter(stream) as sink,
-    ):
+    seen, dropped = new_stamp(), 0
+    with contextlib.ExitStack() as stack:
+        closing = contextlib.closing(source_at(source).read_batches(source, samples))
+        batches = stack.enter_context(closing)
+        if transform:
+            closing = contextlib.closing(transformed(batches, samples, transform))
+            batches = stack.enter_context(closing)
+        sink = stack.enter_context(FastTarWriter(stream))
         for batch in batches:
             sink.write_members(batch.names, batch.contents)
             seen.update(batch.stamp())
+            dropped += batch.dropped
             if progress:
                 progress(batch.samples)
-    return seen.hexdigest()
+    return seen.hexdigest(), dropped
+
+
+# ---------------------------------------------------------------- before a run
+
+
+def check_function(listing: Listing | None) -> None:
+    """Load the function of a listing, and call it on the first sample, in a process of its own.
+
+    This one lives on, and its stdout may be a protocol. A function that has no file is not tried.
+
+    Raises:
+        InputError: the function fails, or returns what cannot be packed.
+    """
+    function = listing.transform if listing else None
+    if not listing or not isinstance(function, Function):
+        return
+    try:
+        ask("sharding.pack", "problem", listing.source, listing.samples[0], function)
+    except Ended as error:
+        name = f"{argument('transform')} {function.name}"
+        raise InputError(f"{name} ended its process on the first sample ({error.code})") from None
+
+
+def function_problem(source: str, sample: Sample, function: Function) -> str:
+    """Return what is wrong with a function, as its first sample shows, if anything."""
+    try:
+        write_samples(io.BytesIO(), source, Samples.of([sample]), transform=function)
+    except TransformError as error:
+        return explain(error)
+    return ""
+
+
+def _problem(source: str, sample: Sequence[Any], function: Sequence[str]) -> None:
+    """Answer `check_function`."""
+    key, stem, extensions, listed = sample
+    some = Sample(key, stem, tuple(extensions), listed)
+    if problem := function_problem(source, some, Function(*function)):
+        raise InputError(f"{argument('transform')}: {problem}")
+
+
+if __name__ == "__main__":
+    answer(problem=_problem)

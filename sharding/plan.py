@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from sharding.errors import InputError, PackError, argument, count
-from sharding.samples import Sample, Samples, deal
+from sharding.samples import Function, Sample, Samples, deal
 
 PLAN = "plan"  # the name of the file, in the folder of a run
 _OFFSET = "%015d\n"  # where in the file the samples of a shard begin
@@ -39,6 +39,7 @@ class Plan(NamedTuple):
     digest: str = _NO_DIGEST  # of the samples, as they are dealt, whatever their files hold
     shuffle: int | None = None  # the seed
     versions: bool = False  # a line is key, tab, versions of the files; such keys hold no tab
+    transform: Function | None = None  # on each sample
 
     @property
     def begun(self) -> str:
@@ -57,6 +58,7 @@ class Published(NamedTuple):
     plan: Plan
     sizes: list[int]  # of its shards, in bytes
     replaced: int = 0  # shards that were there before
+    dropped: int = 0  # samples, by the transform
 
 
 def dump_plan(stream: BinaryIO, plan: Plan, samples: Samples) -> Plan:
@@ -134,8 +136,11 @@ def differences(before: Plan, plan: Plan) -> list[str]:
     A file that has changed makes no difference: the stamp of its shard tells that.
     """
 
-    def shards(plan: Plan) -> tuple[str, str, int, str]:
-        return plan.source, plan.fields, plan.total_shards, plan.digest
+    def shards(plan: Plan) -> tuple[str, str, int, str, str]:
+        return plan.source, plan.fields, plan.total_shards, plan.digest, transform(plan)
+
+    def transform(plan: Plan) -> str:
+        return f"{plan.transform.name} {plan.transform.digest[:12]}" if plan.transform else "none"
 
     def shown(plan: Plan) -> dict[str, str]:
         return {
@@ -143,6 +148,7 @@ def differences(before: Plan, plan: Plan) -> list[str]:
             "other fields": repr(plan.fields),
             "another number of shards": f"{plan.total_shards:,}",
             "another shuffle seed": "none" if plan.shuffle is None else str(plan.shuffle),
+            "another transform": transform(plan),
             "other samples": f"{plan.total_samples:,}",
         }
 
@@ -202,7 +208,8 @@ def _header(plan: Plan) -> bytes:
 
 def _from_header(line: bytes) -> Plan:
     plan = Plan(**json.loads(line))
-    return plan._replace(usual=tuple(plan.usual))
+    function = Function(*plan.transform) if plan.transform else None
+    return plan._replace(usual=tuple(plan.usual), transform=function)
 
 
 def _to_text(samples: Samples, usual: tuple[str, ...]) -> str:

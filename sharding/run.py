@@ -13,13 +13,14 @@ import threading
 import time
 from typing import NamedTuple
 
-from sharding.errors import StopRun, count
+from sharding.errors import InputError, StopRun, argument, count
 from sharding.faults import left_out
-from sharding.pack import pack_shard
+from sharding.pack import check_function, pack_shard
 from sharding.places import output_at, source_at
 from sharding.plan import Plan
-from sharding.samples import Listing, Samples, deal
+from sharding.samples import Function, Listing, Samples, Transform, deal
 from sharding.shards import Progress, Shard, check_shard_numbers
+from sharding.transform import dropped_by
 from sharding.urls import canonical, real
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that ask a run to end
@@ -42,21 +43,29 @@ class Run(NamedTuple):
         """How many shards it packs."""
         return self.plan.total_shards
 
+    @property
+    def transform(self) -> Function | None:
+        """The function that is called on each sample, if any."""
+        return self.plan.transform
+
     def samples(self, shard_id: int) -> Samples:
         """Return the samples of a shard: of all, [shard_id::total_shards]."""
         return output_at(self.path).read_samples(self.path, shard_id)
 
     def pack(self, shard_id: int, samples: Samples, progress: Progress | None) -> Shard:
         """Write one tar of these samples, unless a dead run had finished it."""
-        source, how = self.plan.source, "created"
+        source, how, transform = self.plan.source, "created", self.plan.transform
         stamp = functools.partial(source_at(source).stamp_of, source, samples)
         if left := output_at(self.path).find_left(self.path, shard_id, stamp):
             if left.path:
                 if progress:
                     progress(len(samples))
-                return Shard(shard_id, len(samples), left.size, left.path, "kept")
+                packed = len(samples) - left.dropped
+                return Shard(shard_id, packed, left.size, left.path, "kept", dropped=left.dropped)
             how = "created again"
-        return pack_shard(source, samples, self.path, shard_id, progress, how, staged=True)
+        return pack_shard(
+            source, samples, self.path, shard_id, progress, how, staged=True, transform=transform
+        )
 
     def finish(self) -> str:
         """Publish the run; see `finish`."""
@@ -75,13 +84,19 @@ class Direct(NamedTuple):
     listing: Listing
     total_shards: int
 
+    @property
+    def transform(self) -> Transform | None:
+        """The function that is called on each sample, if any."""
+        return self.listing.transform
+
     def samples(self, shard_id: int) -> Samples:
         """Return the samples of a shard."""
         return deal(self.listing.samples, shard_id, self.total_shards)
 
     def pack(self, shard_id: int, samples: Samples, progress: Progress | None) -> Shard:
         """Write one tar of these samples."""
-        return pack_shard(self.listing.source, samples, self.path, shard_id, progress)
+        source, transform = self.listing.source, self.transform
+        return pack_shard(source, samples, self.path, shard_id, progress, transform=transform)
 
 
 def start_direct(
@@ -99,6 +114,7 @@ def start_direct(
     path, where = os.fspath(output), output_at(output)
     check_shard_numbers(total_shards, len(listing.samples), shard_ids.start)
     where.check_output(path, listing)
+    check_function(listing)
     where.prepare(path, shard_ids, total_shards)
     return Direct(path, listing, total_shards)
 
@@ -140,6 +156,10 @@ def start(
     samples = listing.samples
     total = total_shards or -(-len(samples) // (samples_per_shard or len(samples)))
     check_shard_numbers(total, len(samples))
+    function = listing.transform
+    if function is not None and not isinstance(function, Function):
+        raise InputError(f"a run takes its {argument('transform')} as FILE.py:FUNCTION")
+    check_function(listing)
     plan = Plan(
         source=canonical(listing.source),
         fields=str(listing.fields),
@@ -151,6 +171,7 @@ def start(
         host=os.uname().nodename,
         driver=driver,
         shuffle=listing.shuffle,
+        transform=function,
     )
     return Run(*where.begin(canonical(output), plan, samples, resume, replace))
 
@@ -194,14 +215,14 @@ def finish(path: str, lock: int | None = None) -> str:
     caught = STOPPING if can_catch() else ()
     handlers = [signal.signal(number, signal.SIG_IGN) for number in caught]
     try:
-        plan, sizes, replaced = output_at(path).publish(path, lock)
+        plan, sizes, replaced, dropped = output_at(path).publish(path, lock)
     finally:
         for number, handler in zip(caught, handlers, strict=True):
             signal.signal(number, handler)
     instead = f"; replaced {count(replaced, 'shard')}" if replaced else ""
     return (
-        f"{count(plan.total_samples, 'sample')} in {count(len(sizes), 'shard')}, "
+        f"{count(plan.total_samples - dropped, 'sample')} in {count(len(sizes), 'shard')}, "
         f"{sum(sizes):,} bytes (mean {sum(sizes) // len(sizes):,}, largest {max(sizes):,}) "
-        f"in {time.time() - plan.started:.1f} s{instead}"
+        f"in {time.time() - plan.started:.1f} s{instead}{dropped_by(plan.transform, dropped)}"
         f"{left_out('ignored', plan.ignored)}{left_out('skipped', plan.skipped)}"
     )

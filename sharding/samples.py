@@ -5,9 +5,10 @@ Knows names alone, and no folder.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 from sharding import faults
 from sharding.errors import InputError, argument
@@ -16,6 +17,7 @@ from sharding.faults import Kind
 T = TypeVar("T", covariant=True)
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8
 RESERVED_FOLDER = re.compile(r"__[^/]*__($|/)")  # in front of a name: webdataset drops it
+_FIELD = re.compile(r"[^_./\s|][^/\s|]*")
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # see split_name
 
 
@@ -31,9 +33,13 @@ class Sample(NamedTuple):
         """Return the paths of the sample's files below the source."""
         return [f"{self.stem}.{extension}" for extension in self.extensions]
 
+    def fields(self) -> tuple[str, ...]:
+        """Return the sample's fields, each of the file in its place."""
+        return tuple(extension.lower() for extension in self.extensions)
+
     def members(self) -> list[str]:
         """Return the names of the sample's members in a shard, each of the file in its place."""
-        return [f"{self.key}.{extension.lower()}" for extension in self.extensions]
+        return [f"{self.key}.{field}" for field in self.fields()]
 
 
 class Samples(Sequence[Sample]):
@@ -134,6 +140,23 @@ class Fields(NamedTuple):
         return frozenset(field for entries in self for entry in entries for field in entry)
 
 
+class Function(NamedTuple):
+    """A function of the user's in a file, for `transform.py`."""
+
+    name: str
+    path: str  # of the file, which need not be there any more
+    text: str  # of the file
+
+    @property
+    def digest(self) -> str:
+        """What tells it from a function of another text."""
+        return hashlib.blake2b(self.text.encode(), digest_size=16).hexdigest()
+
+
+Call = Callable[[dict[str, Any]], "Mapping[str, Any] | None"]
+Transform = Function | Call  # a caller in Python may have the function itself
+
+
 class Listing(NamedTuple):
     """What a source holds."""
 
@@ -144,6 +167,7 @@ class Listing(NamedTuple):
     ignored: dict[str, int]  # names that are no part of a sample: extension -> how many
     skipped: dict[str, int]  # what `skip_bad` dropped: reason -> how many
     shuffle: int | None = None  # the seed, if any
+    transform: Transform | None = None  # on each sample
 
 
 def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
@@ -154,6 +178,11 @@ def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
     """
     match = _MEMBER.fullmatch(name)
     return (match[1], match[2]) if match else (None, None)
+
+
+def is_field(name: str) -> bool:
+    """Tell whether what follows a key and a dot can have this name."""
+    return bool(_FIELD.fullmatch(name))
 
 
 class Dealt(Protocol[T]):
@@ -189,7 +218,7 @@ def _parse(name: str, fields: str | Iterable[str]) -> tuple[tuple[str, ...], ...
         return ()
     entries = [tuple(sorted(entry.split(";"))) for entry in named.lower().split(",")]
     for field in (field for entry in entries for field in entry):
-        if not re.fullmatch(r"[^_./\s|][^/\s|]*", field) or NOT_UTF8.search(field):
+        if not is_field(field) or NOT_UTF8.search(field):
             cure = 'write e.g. jpg,txt, or "jpg;png,txt" for one of two'
             raise InputError(f"{argument(name)} {named!r}: {field!r} cannot be a field; {cure}")
     return tuple(sorted(entries))

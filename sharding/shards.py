@@ -14,7 +14,8 @@ DIGITS = 6  # of the number in a shard's name
 MAX_SHARDS = 10**DIGITS
 _NUMBERED = rf"shard-([0-9]{{{DIGITS}}})"
 SHARD_PATTERN = re.compile(rf"{_NUMBERED}\.tar")
-STAGED_PATTERN = re.compile(rf"{_NUMBERED}\.([0-9a-f]{{32}})")  # see folder_run.new_shard
+STAMPED = r"([0-9a-f]{32})(?:[.]([0-9]+))?"  # see `stamped`
+STAGED_PATTERN = re.compile(rf"{_NUMBERED}\.{STAMPED}")  # of a folder's run
 STRAY_PATTERN = re.compile(r"shard-.*\.tar", re.DOTALL)  # what readers glob
 PARTIAL_PATTERN = re.compile(rf"\.{_NUMBERED}-[0-9a-f]{{8}}")
 STRAY = "stray file, which readers may take for a shard"
@@ -28,11 +29,12 @@ class Shard:
     """What packing one shard did."""
 
     shard_id: int
-    samples: int
+    samples: int  # that are packed
     bytes: int = 0  # size of the tar file
     path: str = ""
     how: str = "created"  # or, of a dead run, "kept", or "created again" where files changed
     packed: PackedShard | None = None  # its tar is written, but it is not stored yet
+    dropped: int = 0  # samples that a function of the user's left out
 
     def store(self) -> Shard:
         """Store the shard and give it its name, unless that was done.
@@ -70,7 +72,7 @@ class NewShard:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
-        self.stamp = ""  # of its files, if it waits in a run until all shards are there
+        self.stamp = ""  # see `stamped`; if it waits in a run until all shards are there
         self.path = ""  # this and the next are known once it is whole
         self.size = 0
 
@@ -80,6 +82,7 @@ class Left(NamedTuple):
 
     path: str = ""  # empty if its files have changed since
     size: int = 0
+    dropped: int = 0  # samples
 
 
 class Found(NamedTuple):
@@ -93,6 +96,14 @@ class Found(NamedTuple):
 def shard_name(shard_id: int) -> str:
     """Return the file name of a shard: 7 -> 'shard-000007.tar'."""
     return f"shard-{shard_id:0{DIGITS}d}.tar"
+
+
+def stamped(stamp: str, dropped: int) -> str:
+    """Return what the name of a staged shard says of it: the stamp of its files, samples dropped.
+
+    So the count lives as long as the shard: neither a kill nor another process loses it.
+    """
+    return f"{stamp}.{dropped}" if dropped else stamp
 
 
 def shard_number(path: str) -> int:

@@ -21,6 +21,7 @@ from sharding.errors import count
 from sharding.faults import left_out
 from sharding.samples import Listing
 from sharding.shards import shard_number
+from sharding.transform import dropped_by, name_of
 from sharding.verify import Faults
 from sharding.verify_shard import Checked
 
@@ -150,14 +151,19 @@ def _how_to_pack(shard: str, total: int, source: str | None) -> str:
 
 
 def _summary(
-    reports: Sequence[Checked], faults: Faults, listing: Listing | None, decode: bool
+    reports: Sequence[Checked],
+    faults: Faults,
+    listing: Listing | None,
+    decode: bool,
 ) -> str:
     """Return what the shards hold, and the verdict on them, in one line."""
     number = sum(faults.numbers.values())
     verdict = count(number, "fault") if number else "OK"
     if listing:
         if not number:
-            verdict += f", each sample of {one_line(listing.source)} once, byte for byte"
+            made = f", as {name_of(listing.transform)} makes it" if listing.transform else ""
+            verdict += f", each sample of {one_line(listing.source)} once{made}, byte for byte"
+        verdict += dropped_by(listing.transform, sum(len(report.dropped) for report in reports))
         verdict += left_out("ignored", listing.ignored) + left_out("skipped", listing.skipped)
     samples = count(sum(report.samples for report in reports), "sample")
     size = sum(report.size for report in reports)

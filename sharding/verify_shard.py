@@ -7,6 +7,8 @@ for byte, what the source makes of it is not looked at twice. What shows across 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import os
 from collections import Counter, defaultdict
@@ -19,7 +21,8 @@ from sharding.decoding import decode_member, is_text
 from sharding.pack import write_samples
 from sharding.places import dataset_at, source_at
 from sharding.reading import KEY, walk
-from sharding.samples import Sample, Samples
+from sharding.samples import Samples, Transform, split_name
+from sharding.transform import transformed
 
 NO_SAMPLES = Samples([], ())
 DAMAGED = "damaged"
@@ -34,6 +37,7 @@ class Task(NamedTuple):
     decode: bool = False
     source: str = ""
     samples: Samples = NO_SAMPLES  # that the source, if any, has for this shard
+    transform: Transform | None = None  # on each of them
 
 
 class Checked(NamedTuple):
@@ -49,6 +53,7 @@ class Checked(NamedTuple):
     empty: int = 0  # texts, as far as they were decoded
     sound: bool = True  # webdataset can read it
     proved: bool = False  # byte for byte what the source makes it
+    dropped: Sequence[str] = ()  # keys, by the function
 
 
 def check_shard(task: Task) -> Checked:
@@ -56,11 +61,14 @@ def check_shard(task: Task) -> Checked:
     with dataset_at(task.path).open_shard(task.path, 1 << 16) as (stream, size, _):
         if task.samples and not task.decode:
             try:
-                write_samples(_Comparison(stream), task.source, task.samples)
-                if not stream.read(1):
-                    return _proved(task, size)
+                samples, transform = task.samples, task.transform
+                same = _Comparison(stream)
+                _, dropped = write_samples(same, task.source, samples, transform=transform)
+                if not stream.read(1) and dropped < len(samples):
+                    return _proved_of(task, stream, size) if transform else _proved(task, size)
             except Damaged:
-                stream.seek(0)
+                pass
+            stream.seek(0)
         return check_members(task, stream, size)
 
 
@@ -79,9 +87,89 @@ class _Comparison(io.BytesIO):
 
 
 def _proved(task: Task, size: int) -> Checked:
-    sets = Counter(map(_fields, task.samples))
+    sets = Counter(sample.fields() for sample in task.samples)
     field_sets = {fields: (number, ()) for fields, number in sets.items()}
     return Checked(task.path, size, (), len(task.samples), field_sets, (), proved=True)
+
+
+def _proved_of(task: Task, stream: BinaryIO, size: int) -> Checked:
+    """Return what a shard holds that equals what the function makes of the source."""
+    sets: Counter[tuple[str, ...]] = Counter()
+    keys: set[str] = set()
+    stream.seek(0)
+    for key, members in groupby(walk(stream, size), KEY):
+        keys.add(key)
+        sets[tuple(sorted(field for _, field, _ in members))] += 1
+    field_sets = {fields: (number, ()) for fields, number in sets.items()}
+    dropped = [key for key in task.samples.keys if key not in keys]
+    return Checked(task.path, size, (), len(keys), field_sets, (), proved=True, dropped=dropped)
+
+
+class _Files:
+    """What a shard must hold: the files of its samples."""
+
+    def __init__(self, task: Task) -> None:
+        self.source = task.source
+        self.samples = {sample.key: sample for sample in task.samples}
+        self.dropped: Sequence[str] = ()
+
+    def fields(self, key: str) -> tuple[str, ...] | None:
+        """Return the fields of a sample; None if the source has no such sample."""
+        sample = self.samples.get(key)
+        return sample.fields() if sample else None
+
+    def name(self, key: str, field: str) -> str | None:
+        """Return the file of which a member was made, if there is one."""
+        sample = self.samples.get(key)
+        if sample is None:
+            return None
+        return dict(zip(sample.fields(), sample.files(), strict=True)).get(field)
+
+    def differs(self, key: str, field: str, stream: BinaryIO, length: int) -> bool:
+        """Tell whether the content of a member, which the stream is at, is another one."""
+        path = self.name(key, field)
+        if path is None:
+            return False
+        with source_at(self.source).open_file(self.source, path) as (file, size):
+            pieces = iter(lambda: file.read(1 << 20), b"")
+            return size != length or any(piece != stream.read(len(piece)) for piece in pieces)
+
+
+class _Made(_Files):
+    """What a shard must hold: what a function makes of its samples."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        assert task.transform
+        self.made: dict[str, dict[str, bytes]] = {}  # key -> field -> hash
+        read = source_at(task.source).read_batches(task.source, task.samples)
+        with (
+            contextlib.closing(read) as batches,
+            contextlib.closing(transformed(batches, task.samples, task.transform)) as results,
+        ):
+            for batch in results:
+                for name, content in zip(batch.names, batch.contents, strict=True):
+                    key, field = split_name(name)
+                    if key and field and isinstance(content, bytes):
+                        self.made.setdefault(key, {})[field] = _hash(content)
+        self.dropped = [key for key in self.samples if key not in self.made]
+
+    def fields(self, key: str) -> tuple[str, ...] | None:
+        """Return the fields that the function gives a sample."""
+        return tuple(self.made[key]) if key in self.made else None
+
+    def name(self, key: str, field: str) -> str | None:  # noqa: ARG002
+        """Return nothing: a member is made of several files."""
+        return None
+
+    def differs(self, key: str, field: str, stream: BinaryIO, length: int) -> bool:
+        """Tell whether the content of a member is not what the function made."""
+        wanted = self.made.get(key, {}).get(field)
+        return wanted is not None and _hash(stream.read(length)) != wanted
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def check_members(task: Task, stream: BinaryIO, size: int) -> Checked:
@@ -89,7 +177,7 @@ def check_members(task: Task, stream: BinaryIO, size: int) -> Checked:
     faults: list[Fault] = []
     keys: list[str] = []
     field_sets: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    expected = {sample.key: sample for sample in task.samples}
+    wanted = (_Made if task.transform else _Files)(task)
     seen: set[str] = set()
     empty, sound, shard = 0, False, os.path.basename(task.path)
 
@@ -102,16 +190,16 @@ def check_members(task: Task, stream: BinaryIO, size: int) -> Checked:
                 faults.append(("key occurs twice", key, repr(key)))
             seen.add(key)
             keys.append(key)
-            sample, found = expected.get(key), []
+            found: list[str] = []
             try:
                 for _, field, length in members:
                     found.append(field)
                     empty += task.decode and not length and is_text(field)
-                    faults += _check_member(task, sample, f"{key}.{field}", stream, length)
+                    faults += _check_member(wanted, key, field, stream, length, task.decode)
             finally:  # also of a sample that is cut short
                 fields = tuple(sorted(found))
                 field_sets[fields].append(key)
-                if sample and fields != _fields(sample):
+                if wanted.fields(key) not in (None, fields):
                     faults.append(("fields differ from the source", key, repr(key)))
         sound = True
         if not keys:
@@ -119,35 +207,20 @@ def check_members(task: Task, stream: BinaryIO, size: int) -> Checked:
     except Damaged as error:
         faults.append((DAMAGED, shard, str(error)))
     sets = {fields: (len(having), having) for fields, having in field_sets.items()}
-    return Checked(task.path, size, keys, len(keys), sets, faults, empty, sound)
-
-
-def _fields(sample: Sample) -> tuple[str, ...]:
-    return tuple(extension.lower() for extension in sample.extensions)
+    return Checked(
+        task.path, size, keys, len(keys), sets, faults, empty, sound, dropped=wanted.dropped
+    )
 
 
 def _check_member(
-    task: Task, sample: Sample | None, member: str, stream: BinaryIO, length: int
+    wanted: _Files, key: str, field: str, stream: BinaryIO, length: int, decode: bool
 ) -> Iterator[Fault]:
-    """Yield what is wrong with the content of a member, which the stream is at.
-
-    Args:
-        sample: what the source has under its key, if there is a source that has it.
-    """
-    files = zip(sample.members(), sample.files(), strict=True) if sample else ()
-    file = dict(files).get(member)
-    if file is not None:
-        start = stream.tell()
-        if _differs(task.source, file, stream, length):
-            yield "bytes differ from the source", file, repr(member)
-        stream.seek(start)
-    if task.decode and (problem := decode_member(member, stream, length)):
+    """Yield what is wrong with the content of a member, which the stream is at."""
+    member = f"{key}.{field}"
+    name, start = wanted.name(key, field) or member, stream.tell()
+    if wanted.differs(key, field, stream, length):
+        yield "bytes differ from the source", name, repr(member)
+    stream.seek(start)
+    if decode and (problem := decode_member(member, stream, length)):
         kind, text = problem
-        yield kind, file or member, text
-
-
-def _differs(source: str, path: str, stream: BinaryIO, length: int) -> bool:
-    """Tell whether the content of a member is not that of a file."""
-    with source_at(source).open_file(source, path) as (file, size):
-        pieces = iter(lambda: file.read(1 << 20), b"")
-        return size != length or any(piece != stream.read(len(piece)) for piece in pieces)
+        yield kind, name, text

@@ -201,6 +201,42 @@ def test_what_a_node_cannot_do(tmp_path: Path) -> None:
     assert str(run) in ask()
 
 
+def test_a_function_of_the_user(source, cluster, tmp_path, capfd) -> None:
+    """Its text travels; it is tried on every node, and what it prints stays in their logs."""
+    file, output = tmp_path / "own.py", tmp_path / "o"
+    file.write_text(
+        "def change(sample):\n"
+        "    print('a line')\n"
+        "    return {'txt': sample['txt']} if sample['jpg'] else None\n"
+    )
+    spec = f"--transform={file}:change"
+    assert pack(source, output, cluster, spec) == 0, capfd.readouterr().err
+    told = capfd.readouterr()
+    assert "a line" not in told.out and told.err.count("a line") == 1, "the preflight's"
+    flags = ["--source", source, "--output", tmp_path / "p", f"--num-shards={SHARDS}", spec]
+    done = run_script("run_parallel.sh", *flags)
+    assert hashes(output) == hashes(tmp_path / "p"), done
+    said = done.stdout.splitlines()[-1].partition("; ")[2]
+    assert said == told.out.splitlines()[-1].partition("; ")[2] and "dropped by change" in said
+
+
+def test_a_function_that_fails_on_the_nodes(source, cluster, tmp_path, capfd) -> None:
+    """As where a package is missing there: exit 2, before any work."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import sys\n"
+        "if 'ray' in sys.modules:\n"
+        "    import not_there\n"
+        "def change(sample):\n"
+        "    return sample\n"
+    )
+    assert pack(source, tmp_path / "o", cluster, f"--transform={file}:change") == 2
+    err = capfd.readouterr().err
+    assert "error: --transform fails on node " in err, err
+    assert f"'{file}', line 3: ModuleNotFoundError: No module named 'not_there'\n" in err
+    assert err.count("\n") == 1 and not list((tmp_path / "o").glob("*.tar"))
+
+
 def test_buckets(cluster, bucket, tmp_path, capfd) -> None:
     """Each node uses the credentials of its environment; none is in Ray's logs."""
     source = write_pairs(tmp_path / "raw", 500)

@@ -26,6 +26,7 @@ ALLOWED = {
     ("epochs", "webdataset", True),
     ("pipeline", "webdataset", True),
     ("training", "webdataset", False),
+    ("transform", "webdataset", False),
     ("command", "tqdm", False),
     ("cluster", "ray", False),
     ("create_with_ray", "ray", False),

