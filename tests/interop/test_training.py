@@ -420,3 +420,42 @@ def test_the_example(ranks: int, tmp_path: Path) -> None:
     other = start(loop, 0, 3 - ranks)
     refusal = f"the state is of {ranks} ranks with 2 workers each, not of {3 - ranks} with 2"
     assert other.returncode and refusal in other.stderr
+
+
+def test_a_step_with_each_example_for_transform(tmp_path: Path) -> None:
+    """What the functions in examples/ make goes through decoding, batches and a step."""
+    raw, examples = tmp_path / "raw", ROOT / "examples"
+    for number in range(8):
+        key = f"{('cats', 'dogs')[number % 2]}/{number}"
+        (raw / key).parent.mkdir(parents=True, exist_ok=True)
+        (raw / f"{key}.jpg").write_bytes(jpeg(512, 512))
+    rows = [
+        json.dumps({"file_name": f"{p.parent.name}/{p.name}", "text": "red"})
+        for p in raw.rglob("*.jpg")
+    ]
+    (raw / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    (raw / "classes.txt").write_text("cats\ndogs\n")
+    (raw / "dogs" / "broken.jpg").write_bytes(b"no picture")
+    for name in ("captions", "classes"):
+        (raw / f"{name}.py").write_text((examples / f"{name}.py").read_text())
+    functions = {
+        f"{examples}/drop_broken.py:whole": ("jpg",),
+        f"{examples}/shrink.py:shrink": ("jpg", "cls"),
+        f"{raw}/classes.py:number": ("jpg", "cls"),
+        f"{raw}/captions.py:caption": ("jpg", "txt", "json"),
+    }
+    for spec, fields in functions.items():
+        output = tmp_path / spec.rpartition(":")[2]
+        create_webdataset(raw, output, 0, 1, "jpg", transform=spec)
+        (raw / "dogs" / "broken.jpg").unlink(missing_ok=True)
+        dataset = open_webdataset(output, fields, decode="torchrgb")
+        batches = list(wds.WebLoader(dataset, batch_size=4, num_workers=0))
+        assert [len(batch[0]) for batch in batches] == [4, 4]
+        images = batches[0][0]
+        assert images.shape[2:] == ((256, 256) if "shrink" in spec else (512, 512))
+        model = torch.nn.Sequential(
+            torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 2)
+        )
+        labels = batches[0][1] if "cls" in fields else torch.zeros(4, dtype=torch.long)
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        assert model[2].weight.grad.abs().sum() > 0
