@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sharding.batch import in_order
 from sharding.command import (
     Parser,
     ProgressBar,
@@ -27,6 +26,7 @@ from sharding.command import (
 )
 from sharding.errors import attempt
 from sharding.listing import list_samples
+from sharding.parallel import in_order
 from sharding.run import Direct, Run, check_driver, load, start_direct
 from sharding.samples import deal
 from sharding.shards import MAX_SHARDS, Progress, Shard, check_shard_numbers
@@ -85,12 +85,10 @@ def build_parser() -> Parser:
     parser = Parser(USAGE, "Pack one shard (or every K-th) of a folder of samples.", EXAMPLES)
     add_source_arguments(parser)
     add = parser.add_argument_group("the shards").add_argument
-    what = "folder (made if missing) or s3:// URL for the shards"
-    add("--output", metavar="DIR", help=what)
+    add("--output", metavar="DIR", help="folder (made if missing) or s3:// URL for the shards")
     add("--shard-id", metavar="I", type=int, help="the shard to pack, from 0")
     number = number_from(1, MAX_SHARDS)
-    what = "number of shards: --num-shards of the drivers"
-    add("--total-shards", metavar="N", type=number, help=what)
+    add("--total-shards", metavar="N", type=number, help="--num-shards of the drivers")
     add("--shard-step", metavar="K", type=number, help="pack shards I, I+K, I+2K, ...")
     add = parser.add_argument_group("a run that `python sharding start` has planned").add_argument
     what = "its folder; of the other flags, only --shard-id and --shard-step go with it"
@@ -116,21 +114,14 @@ def open_run(args: argparse.Namespace) -> tuple[Run | Direct, range, int]:
 def pack_each(
     run: Run | Direct, shard_ids: range, progress: Progress
 ) -> Iterator[tuple[int, Shard | Exception]]:
-    """Pack shards one after the other; the last few are stored while the next one is packed.
-
-    Yields:
-        (shard id, the shard or what went wrong with it), in order.
-    """
+    """Pack shards in turn, and store the last few meanwhile; yield each, or what went wrong."""
     parent = os.getppid()  # of a worker: the driver, or an interpreter's wrapper
 
     def pack(shard_id: int) -> Shard | Exception:
         if isinstance(run, Run):
             check_driver(run, parent)
-        return attempt(
-            lambda: create_webdataset(
-                run, run.path, shard_id, run.total_shards, progress=progress, store=False
-            )
-        )
+        more: dict[str, Any] = {"progress": progress, "store": False}
+        return attempt(lambda: create_webdataset(run, run.path, shard_id, run.total_shards, **more))
 
     def store(shard: Shard | Exception) -> Shard | Exception:
         return attempt(shard.store) if isinstance(shard, Shard) else shard

@@ -18,7 +18,8 @@ from sharding.command import (
     one_line_errors,
     run_options,
 )
-from sharding.errors import InputError, PackError, StopRun, explain
+from sharding.errors import InputError, PackError, StopRun
+from sharding.messages import explain
 from sharding.run import Run, load, start
 from sharding.samples import NOT_UTF8
 from sharding.shards import Shard

@@ -22,8 +22,9 @@ from sharding.command import (
     plain_interrupt,
     stdout_apart,
 )
-from sharding.errors import InputError, PackError, argument, count, explain
+from sharding.errors import InputError, PackError
 from sharding.faults import Report, open_report
+from sharding.messages import argument, count, explain
 from sharding.pack import check_function
 from sharding.places import dataset_at
 from sharding.reading import sound_part

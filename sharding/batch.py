@@ -6,10 +6,7 @@ Also what tells a file from a later version of it: the stamps of a shard's files
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sharding.archive import Pieces
 
@@ -34,29 +31,3 @@ class Batch(NamedTuple):
 def new_stamp() -> hashlib.blake2b:
     """Return the hash object that takes the stamps of a shard's files, in order."""
     return hashlib.blake2b(digest_size=16)
-
-
-def in_order(
-    pool: Executor,
-    work: Callable[[Any], Any],
-    tasks: Iterable[Any],
-    ahead: int,
-    weigh: Callable[[Any], int] = lambda _: 1,
-) -> Iterator[Any]:
-    """Yield work(task) for each task, in order, while the pool works on those that follow.
-
-    Args:
-        ahead: the most tasks, or the most weight, that is begun and not yielded yet.
-    """
-    begun: deque[tuple[Future[Any], int]] = deque()
-    weight = 0
-    for task in tasks:
-        heavy = weigh(task)
-        while begun and weight + heavy > ahead:
-            future, light = begun.popleft()
-            weight -= light
-            yield future.result()
-        begun.append((pool.submit(work, task), heavy))
-        weight += heavy
-    while begun:
-        yield begun.popleft()[0].result()

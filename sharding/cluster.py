@@ -18,7 +18,8 @@ from typing import Any
 
 import sharding
 from sharding.command import NUM_WORKERS, plain_interrupt
-from sharding.errors import InputError, PackError, explain
+from sharding.errors import InputError, PackError
+from sharding.messages import explain
 from sharding.pack import function_problem
 from sharding.places import output_at, source_at
 from sharding.run import STOPPING, Run, can_catch

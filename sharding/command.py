@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from sharding.errors import AlreadyDone, InputError, PackError, argument, explain
+from sharding.errors import AlreadyDone, InputError, PackError
 from sharding.faults import Report, open_report
 from sharding.listing import list_samples
+from sharding.messages import argument, explain
 from sharding.places import waits
 from sharding.run import can_catch
 from sharding.samples import Listing
@@ -127,7 +128,7 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
     require(args, "source", "output")
     if args.num_shards and args.samples_per_shard:
         both = f"{argument('num_shards')} and {argument('samples_per_shard')}"
-        raise InputError(f"{both} both set the number of shards: give one")
+        raise InputError(f"{both} both set the number of shards: give one of them")
     options = {"output": args.output, "resume": args.resume, "replace": args.replace}
     if args.samples_per_shard:
         return {**options, "samples_per_shard": args.samples_per_shard}

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from sharding.errors import InputError, argument, count, naming
+from sharding.errors import InputError, naming
+from sharding.messages import argument, count
 
 SHOWN = 5  # names of a kind that are shown
 LISTED = 10  # kinds that a summary names
@@ -28,7 +29,7 @@ class Kind(NamedTuple):
 
 
 class Odd(NamedTuple):
-    """A name that is no regular file, or that cannot be looked at."""
+    """A name that is not a regular file, or that cannot be reached."""
 
     name: str
     kind: Kind  # INCOMPLETE if it was seen to be no regular file
@@ -42,7 +43,7 @@ INCOMPLETE = Kind(
 )
 DOUBLED = Kind(
     "doubled",
-    "files with the key and field of another, apart from upper and lower case",
+    "files that differ from another only in upper and lower case",
     "rename them",
 )
 ALTERNATIVES = Kind(

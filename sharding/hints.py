@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, product
 
 from sharding import faults
-from sharding.errors import argument
 from sharding.faults import quote
+from sharding.messages import argument
 from sharding.samples import Fields, Sample, judge
 
 PICTURES = frozenset(("bmp", "gif", "heic", "heif", "jpeg", "jpg", "png", "tif", "tiff", "webp"))

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageOps, ImageSequence
 
-from sharding.errors import InputError, argument, naming
+from sharding.errors import InputError, naming
+from sharding.messages import argument
 
 # Formats that Pillow decodes itself, and their endings: for some others (EPS) it runs programs.
 FORMATS = ["BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]

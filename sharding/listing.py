@@ -16,8 +16,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from sharding.errors import InputError, argument, warn
+from sharding.errors import InputError
 from sharding.faults import Report
+from sharding.messages import argument, warn
 from sharding.places import source_at
 from sharding.samples import Listing, Transform, parse_fields
 from sharding.scan import Scan

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 from sharding.apart import Ended, answer, ask
 from sharding.archive import FastTarWriter
 from sharding.batch import new_stamp
-from sharding.errors import InputError, PackError, argument, count, explain
+from sharding.errors import InputError, PackError
+from sharding.messages import argument, count, explain
 from sharding.places import output_at, source_at
 from sharding.samples import Function, Listing, Sample, Samples, Transform
 from sharding.shards import PackedShard, Progress, Shard, stamped

@@ -19,9 +19,10 @@ import webdataset as wds
 from webdataset import filters
 from webdataset.utils import pytorch_worker_info
 
-from sharding.batch import in_order
 from sharding.epochs import ANEW, Position, Reader, Saved, Start, worker_info
-from sharding.errors import InputError, PackError, count
+from sharding.errors import InputError, PackError
+from sharding.messages import count
+from sharding.parallel import in_order
 from sharding.places import dataset_at
 from sharding.reading import Later, count_shard, read_samples
 

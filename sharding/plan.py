@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from sharding.errors import InputError, PackError, argument, count
+from sharding.errors import InputError, PackError
+from sharding.messages import argument, count
 from sharding.samples import Function, Sample, Samples, deal
 
 PLAN = "plan"  # the name of the file, in the folder of a run

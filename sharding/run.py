@@ -13,8 +13,9 @@ import threading
 import time
 from typing import NamedTuple
 
-from sharding.errors import InputError, StopRun, argument, count
+from sharding.errors import InputError, StopRun
 from sharding.faults import left_out
+from sharding.messages import argument, count
 from sharding.pack import check_function, pack_shard
 from sharding.places import output_at, source_at
 from sharding.plan import Plan

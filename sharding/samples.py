@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 from sharding import faults
-from sharding.errors import InputError, argument
+from sharding.errors import InputError
 from sharding.faults import Kind
+from sharding.messages import argument
 
 T = TypeVar("T", covariant=True)
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python marks the bytes of a name that is not UTF-8

@@ -12,8 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 from sharding import faults, hints
-from sharding.errors import InputError, argument
+from sharding.errors import InputError
 from sharding.faults import Kind, Odd, Report, Tally, quote
+from sharding.messages import argument
 from sharding.samples import Fields, Sample, Samples, judge, name_fault
 
 MAX_GROWN = 100_000  # entries of a table that only counts what is left out

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import BinaryIO, NamedTuple
 
-from sharding.errors import InputError, argument, count, warn
+from sharding.errors import InputError
+from sharding.messages import argument, count, warn
 
 DIGITS = 6  # of the number in a shard's name
 MAX_SHARDS = 10**DIGITS

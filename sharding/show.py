@@ -17,8 +17,8 @@ from typing import Any
 
 from sharding.command import drop_output
 from sharding.decoding import decodes
-from sharding.errors import count
 from sharding.faults import left_out
+from sharding.messages import count
 from sharding.samples import Listing
 from sharding.shards import shard_number
 from sharding.transform import dropped_by, name_of

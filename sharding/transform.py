@@ -21,8 +21,9 @@ from typing import Any
 
 from sharding.archive import COPY_SIZE, Pieces
 from sharding.batch import Batch
-from sharding.errors import InputError, PackError, argument, explain
+from sharding.errors import InputError, PackError
 from sharding.faults import quote
+from sharding.messages import argument, explain
 from sharding.samples import Call, Function, Sample, Samples, Transform, is_field
 from sharding.urls import refuse_url
 

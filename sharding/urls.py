@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 
-from sharding.errors import InputError, argument
+from sharding.errors import InputError
+from sharding.messages import argument
 
 _URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://")
 

@@ -19,9 +19,9 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 
 from sharding.archive import Damaged
-from sharding.batch import in_order
 from sharding.errors import PackError
 from sharding.faults import SHOWN, Report
+from sharding.parallel import in_order
 from sharding.places import dataset_at, source_at
 from sharding.reading import walk
 from sharding.samples import Fields, Listing, Samples, deal, judge

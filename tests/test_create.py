@@ -108,11 +108,11 @@ REFUSED = [
         "lack a field: 1,500 .'0000.jpg' has no .txt, .* '0004.jpg' has no .txt.; add it",
     ),
     (fifo, [], "lack a field: 1 .'a.jpg' is not a regular file."),
-    (dangling, [], "looked at, .*: 1 .'a.jpg' is a link to 'nowhere': No such file or directory."),
+    (dangling, [], "reached, .*: 1 .'a.jpg' is a link to 'nowhere': No such file or directory."),
     (
         circle,
         [],
-        "looked at, .*: 1 .'a.jpg' is a link to 'a.jpg': Too many levels of symb.* links.",
+        "reached, .*: 1 .'a.jpg' is a link to 'a.jpg': Too many levels of symb.* links.",
     ),
     (listener, [], "lack a field: 1 .'a.jpg' is not a regular file."),
     (files("a.txt", "a.jpg/x"), [], "lack a field: 1 .'a.txt' has no .jpg."),
@@ -125,7 +125,7 @@ REFUSED = [
     (
         files("a.JPG", "a.jpg", "a.txt"),
         [],
-        "another has.*: 1 .'a.(JPG|jpg)' and 'a.(JPG|jpg)'.",
+        "only in upper and lower case: 1 .'a.(JPG|jpg)' and 'a.(JPG|jpg)'.",
     ),
     (files("a.jpg", "a.txt", "b\udcff.jpg", "b\udcff.txt"), [], "not UTF-8"),
     (files("d\udcff/a.jpg", "d\udcff/a.txt"), [], "not UTF-8"),

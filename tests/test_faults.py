@@ -23,11 +23,12 @@ from conftest import ROOT, hashes, pack_shard_of, run_script, without_privileges
 
 import create_webdataset as core
 import read_webdataset
-from sharding.errors import InputError, PackError, explain
+from sharding.errors import InputError, PackError
 from sharding.folder import dataset as folder
 from sharding.folder import mounts, staging
 from sharding.folder import run as folder_run
 from sharding.listing import list_samples
+from sharding.messages import explain
 from sharding.plan import PLAN
 from sharding.run import STOPPING
 from sharding.run import start as start_run

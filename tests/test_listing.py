@@ -428,7 +428,7 @@ def test_a_dangling_link_is_not_left_out(name: str, tmp_path: Path) -> None:
     source = touch(tmp_path, "a.jpg", "a.txt", "b.jpg", "b.txt")
     (source / name).symlink_to("/nowhere/x")
     flags = {"fields": "jpg;png,txt", "optional_fields": "json"}
-    why = f"at, .*: 1 .'{name}' is a link to '/nowhere/x': No such file or directory.; mount"
+    why = f"reached, .*: 1 .'{name}' is a link to '/nowhere/x': No such file or directory.; mount"
     with pytest.raises(InputError, match=why):
         list_samples(source, **flags)
     listing = list_samples(source, **flags, skip_bad=True)

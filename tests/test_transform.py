@@ -26,8 +26,9 @@ from conftest import (
 from create_webdataset import create_webdataset
 from sharding.archive import FastTarWriter
 from sharding.batch import Batch
-from sharding.errors import InputError, PackError, explain
+from sharding.errors import InputError, PackError
 from sharding.listing import list_samples
+from sharding.messages import explain
 from sharding.run import Run, load, start
 from sharding.samples import Samples
 from sharding.shards import shard_name

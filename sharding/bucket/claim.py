@@ -60,13 +60,13 @@ def open_plan(output: str, item: Any) -> io.BufferedReader:
     return io.BufferedReader(Ranges(f"{output}/{PLAN}", item["size"], item["e_tag"]), 64 << 10)
 
 
-def probe(folder: str) -> None:
+def probe(path: str) -> None:
     """Try what a run needs of a store, on an object of the run's own; before any work.
 
     Raises:
         InputError: the store does not do all of it. Nothing is left there.
     """
-    output, run = split_run(folder)
+    output, run = split_run(path)
     bucket, key = split(f"{output}/{PROBE}{run}")
     store = connect(bucket, patient=False)
     with saying(output, InputError):
@@ -84,9 +84,9 @@ def probe(folder: str) -> None:
         )
 
 
-def claim(folder: str, data: bytes) -> None:
+def claim(path: str, data: bytes) -> None:
     """Create the plan of a run if there is none."""
-    output, run = split_run(folder)
+    output, run = split_run(path)
     store, key = locate(output, PLAN)
     with saying(output):
         if not _put_if(store, key, run, data):
@@ -96,49 +96,49 @@ def claim(folder: str, data: bytes) -> None:
             raise PackError(f"{output!r}: another run has just published there")
 
 
-def swap(folder: str, data: bytes, etag: str | None) -> bool:
+def swap(path: str, data: bytes, etag: str | None) -> bool:
     """Replace the plan by data of a run if it still has this etag; tell whether it had."""
-    output, run = split_run(folder)
+    output, run = split_run(path)
     store, key = locate(output, PLAN)
     with saying(output):
         return bool(etag and _put_if(store, key, run, data, *_spellings(etag)))
 
 
 @functools.lru_cache(maxsize=4)
-def own_plan(folder: str) -> tuple[Plan, str | None]:
+def own_plan(path: str) -> tuple[Plan, str | None]:
     """Return the plan of a run, and its etag, which no other run's plan has."""
-    output, run = split_run(folder)
+    output, run = split_run(path)
     plan, etag = read_claim(output)
     if not isinstance(plan, Plan) or plan.run != run:
-        raise _gone(folder)
+        raise _gone(path)
     return plan, etag
 
 
-def check_own(folder: str) -> Any:
+def check_own(path: str) -> Any:
     """Return what the store says of the plan of a run, now.
 
     Raises:
         PackError: it is not that of this run any more.
     """
-    output, _ = split_run(folder)
+    output, _ = split_run(path)
     store, key = locate(output, PLAN)
-    _, own = own_plan(folder)
+    _, own = own_plan(path)
     with saying(output):
         try:
             item = obstore.head(store, key)
         except FileNotFoundError:
-            raise _gone(folder) from None
+            raise _gone(path) from None
     if not own or quoted(item["e_tag"]) != own:
-        raise _gone(folder)
+        raise _gone(path)
     return item
 
 
-def mark_published(folder: str, total_shards: int) -> None:
+def mark_published(path: str, total_shards: int) -> None:
     """Put a mark in the place of a run's plan; from then on nobody can take the run over."""
-    output, run = split_run(folder)
+    output, run = split_run(path)
     mark = b"published by %s: %d\n" % (run.encode(), total_shards)
-    if not swap(folder, mark, own_plan(folder)[1]):
-        check_own(folder)
+    if not swap(path, mark, own_plan(path)[1]):
+        check_own(path)
         why = f"the store refuses to replace {PLAN!r} (If-Match), though no other run has"
         raise PackError(f"{output!r}: {why}; nothing is published")
 
@@ -227,13 +227,13 @@ def locate(output: str, name: str) -> tuple[Any, str]:
     return connect(bucket), key
 
 
-def split_run(folder: str) -> tuple[str, str]:
+def split_run(path: str) -> tuple[str, str]:
     """Return the prefix of a run, and its id."""
-    match = RUN.fullmatch(folder)
+    match = RUN.fullmatch(path)
     if not match:
-        raise no_run(folder)
+        raise no_run(path)
     return match[1], match[2]
 
 
-def _gone(folder: str) -> PackError:
-    return PackError(f"{folder!r} is gone: the run was published, or another took it over")
+def _gone(path: str) -> PackError:
+    return PackError(f"{path!r} is gone: the run was published, or another took it over")

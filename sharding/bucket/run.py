@@ -43,7 +43,8 @@ from sharding.bucket.claim import (
 from sharding.bucket.dataset import PLAN, UNFINISHED, objects_at
 from sharding.bucket.store import check_bucket, saying, version_of
 from sharding.bucket.streams import Upload
-from sharding.errors import AlreadyDone, InputError, PackError, argument, count, warn
+from sharding.errors import AlreadyDone, InputError, PackError
+from sharding.messages import argument, count, warn
 from sharding.plan import (
     Plan,
     Published,
@@ -115,10 +116,10 @@ def begin(
 ) -> tuple[str, Plan, None]:
     """Claim a prefix for a run; see `places.Output`."""
     run = secrets.token_hex(8)
-    folder = f"{output}/.webdataset-{run}"
+    path = f"{output}/.webdataset-{run}"
     stream = io.BytesIO()
     plan = dump_plan(stream, plan._replace(run=run), samples)
-    finished = finish_cut(folder)
+    finished = finish_cut(path)
     if finished and resume:
         raise AlreadyDone
     found = objects_at(output)
@@ -129,8 +130,8 @@ def begin(
         if not resume:
             raise not_ended(output, before)
         _check_left(output, before, plan, replace)
-        probe(folder)
-        if not swap(folder, stream.getvalue(), etag):
+        probe(path)
+        if not swap(path, stream.getvalue(), etag):
             raise PackError(f"{output!r}: another run has just taken it over")
         if replace and (records := _all_records(output)):
             with saying(output):
@@ -142,9 +143,9 @@ def begin(
                 f"{nothing}{argument('output')} {output!r} holds a dataset, and a store has no "
                 "rename, so none is replaced: choose another, or delete that one first"
             )
-        probe(folder)
-        claim(folder, stream.getvalue())
-    return folder, plan, None
+        probe(path)
+        claim(path, stream.getvalue())
+    return path, plan, None
 
 
 def _check_left(output: str, before: Plan, plan: Plan, replace: bool) -> None:
@@ -169,29 +170,29 @@ def _check_left(output: str, before: Plan, plan: Plan, replace: bool) -> None:
 # ---------------------------------------------------------------- packing
 
 
-def read_plan(folder: str) -> Plan:
+def read_plan(path: str) -> Plan:
     """Return the plan of a run.
 
     Raises:
         PackError: the plan there is not its own any more.
     """
-    check_own(folder)
-    return own_plan(folder)[0]
+    check_own(path)
+    return own_plan(path)[0]
 
 
-def read_samples(folder: str, shard_id: int) -> Samples:
+def read_samples(path: str, shard_id: int) -> Samples:
     """Return the samples of a shard of a run."""
-    item = check_own(folder)
-    output, _ = split_run(folder)
+    item = check_own(path)
+    output, _ = split_run(path)
     with open_plan(output, item) as stream:
         return load_samples(stream, shard_id, f"{output}/{PLAN}", REMOVE)
 
 
 @contextlib.contextmanager
-def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
+def new_shard(path: str, shard_id: int) -> Iterator[NewShard]:
     """Upload a shard, which appears when the upload is completed, whole or not at all."""
-    of_run = RUN.fullmatch(folder)
-    output, run = (of_run[1], of_run[2]) if of_run else (folder, secrets.token_hex(8))
+    of_run = RUN.fullmatch(path)
+    output, run = (of_run[1], of_run[2]) if of_run else (path, secrets.token_hex(8))
     url = f"{output}/{shard_name(shard_id)}"
     upload = Upload(url, {"run": run})
     new = NewShard(upload)  # type: ignore[arg-type]
@@ -200,7 +201,7 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
         if of_run:
             with saying(url, also=OSError):
                 upload.writer.flush()  # so that little is left to do after the look at the plan
-            check_own(folder)
+            check_own(path)
     except BaseException as error:
         with contextlib.suppress(Exception):  # the first error is the one to report
             upload.writer.__exit__(type(error), error, None)
@@ -208,25 +209,25 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
     item = upload.complete()
     new.path, new.size = url, upload.size
     if of_run:
-        check_own(folder)
+        check_own(path)
         name = f"{shard_id}-{version_of(item)}-{new.stamp}-{run}"
         with saying(url):
-            store, prefix = _records_of(folder)
+            store, prefix = _records_of(path)
             obstore.put(store, f"{prefix}/{name}", b"")
 
 
 @functools.lru_cache(maxsize=1)
-def _left_shards(folder: str) -> dict[int, list[Record]]:
+def _left_shards(path: str) -> dict[int, list[Record]]:
     """Return what a run that was interrupted had finished; read once in a process."""
-    return _records(folder)
+    return _records(path)
 
 
-def find_left(folder: str, shard_id: int, stamp: Callable[[], str]) -> Left | None:
+def find_left(path: str, shard_id: int, stamp: Callable[[], str]) -> Left | None:
     """Return what a dead run had finished of a shard; see `places.Output`."""
-    records = _left_shards(folder).get(shard_id, [])
+    records = _left_shards(path).get(shard_id, [])
     if not records:
         return None
-    output, run = split_run(folder)
+    output, run = split_run(path)
     url = f"{output}/{shard_name(shard_id)}"
     store, key = locate(output, shard_name(shard_id))
     wanted, left = stamp(), Left()
@@ -241,7 +242,7 @@ def find_left(folder: str, shard_id: int, stamp: Callable[[], str]) -> Left | No
                 if record.run != run:
                     made_of = stamped(wanted, record.dropped)
                     name = f"{shard_id}-{record.version}-{made_of}-{run}-kept"
-                    obstore.put(store, f"{_records_of(folder)[1]}/{name}", b"")
+                    obstore.put(store, f"{_records_of(path)[1]}/{name}", b"")
             else:
                 obstore.delete(store, record.key)
     return left
@@ -250,16 +251,16 @@ def find_left(folder: str, shard_id: int, stamp: Callable[[], str]) -> Left | No
 # ---------------------------------------------------------------- publishing
 
 
-def publish(folder: str, lock: int | None) -> Published:  # noqa: ARG001  # the plan is the lock
+def publish(path: str, lock: int | None) -> Published:  # noqa: ARG001  # the plan is the lock
     """Make the shards of a run the dataset; see `places.Output`."""
     try:
-        plan = read_plan(folder)
+        plan = read_plan(path)
     except PackError:
-        if finish_cut(folder):
+        if finish_cut(path):
             raise AlreadyDone from None
         raise
-    output, run = split_run(folder)
-    items, records = objects_at(output), _records(folder)
+    output, run = split_run(path)
+    items, records = objects_at(output), _records(path)
     packed, missing, dropped = {}, [], 0
     for shard_id in range(plan.total_shards):
         item = items.get(shard_name(shard_id))
@@ -272,8 +273,8 @@ def publish(folder: str, lock: int | None) -> Published:  # noqa: ARG001  # the 
             missing.append(shard_id)
     if missing:
         raise not_packed(plan, missing)
-    mark_published(folder, len(packed))
-    finish_cut(folder)
+    mark_published(path, len(packed))
+    finish_cut(path)
     _check_published(output, packed)
     return Published(plan, [int(item["size"]) for item in packed.values()], dropped=dropped)
 
@@ -299,12 +300,12 @@ def _check_published(output: str, packed: dict[str, Any]) -> None:
         raise PackError(f"{output!r}: {wrong[0]!r}{more} {what}; delete all shards and pack again")
 
 
-def finish_cut(folder: str) -> bool:
+def finish_cut(path: str) -> bool:
     """Finish what is left to do for a run whose shards are all there, if that was cut short.
 
     The mark goes last: whoever comes after a kill finds what is left to do.
     """
-    output, _ = split_run(folder)
+    output, _ = split_run(path)
     mark, _ = read_claim(output)
     if not isinstance(mark, Mark):
         return False
@@ -331,16 +332,16 @@ def finish_cut(folder: str) -> bool:
 # ---------------------------------------------------------------- records
 
 
-def _records_of(folder: str) -> tuple[Any, str]:
+def _records_of(path: str) -> tuple[Any, str]:
     """Return where the records of a run's samples are: the store, and a prefix of keys."""
-    output, _ = split_run(folder)
-    return locate(output, f"{PACKED}/{_digest(folder)}")
+    output, _ = split_run(path)
+    return locate(output, f"{PACKED}/{_digest(path)}")
 
 
 @functools.lru_cache(maxsize=4)
-def _digest(folder: str) -> str:
+def _digest(path: str) -> str:
     """Return what tells the shards of a run from those of other samples."""
-    plan = read_plan(folder)
+    plan = read_plan(path)
     what = f"{plan.source} {plan.fields} {plan.total_shards} {plan.digest}"
     if plan.transform:
         what += f" {plan.transform.name} {plan.transform.digest}"
@@ -354,11 +355,11 @@ def _all_records(output: str) -> list[str]:
         return [item["path"] for item in obstore.list(store, prefix).collect()]
 
 
-def _records(folder: str) -> dict[int, list[Record]]:
+def _records(path: str) -> dict[int, list[Record]]:
     """Return the records of a run's samples: number of the shard -> them."""
     found: dict[int, list[Record]] = {}
-    output, _ = split_run(folder)
-    store, prefix = _records_of(folder)
+    output, _ = split_run(path)
+    store, prefix = _records_of(path)
     with saying(output):
         for item in obstore.list(store, prefix).collect():
             if match := _RECORD.fullmatch(item["path"].rpartition("/")[2]):

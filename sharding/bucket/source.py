@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import obstore
 
-from sharding.batch import CHANGED, STAMP, Batch, in_order, new_stamp
+from sharding.batch import CHANGED, STAMP, Batch, new_stamp
 from sharding.bucket.store import check_bucket, connect, insist, saying, split, version_of
 from sharding.bucket.streams import Ranges
 from sharding.errors import InputError, PackError
+from sharding.parallel import in_order
 from sharding.samples import Samples
 
 if TYPE_CHECKING:

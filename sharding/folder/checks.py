@@ -7,7 +7,8 @@ import os
 import stat
 from pathlib import Path
 
-from sharding.errors import InputError, argument, explain
+from sharding.errors import InputError
+from sharding.messages import argument, explain
 from sharding.samples import Listing
 from sharding.shards import SHARD_PATTERN, STRAY_PATTERN, inside_source, warn_of_strays
 

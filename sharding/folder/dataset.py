@@ -13,7 +13,8 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from sharding.errors import InputError, PackError, argument, explain, naming
+from sharding.errors import InputError, PackError, naming
+from sharding.messages import argument, explain
 from sharding.shards import REPLACED, SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards
 
 REMOTE = False

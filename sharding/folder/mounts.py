@@ -16,7 +16,8 @@ import stat
 import time
 from collections.abc import Callable
 
-from sharding.errors import PackError, explain, warn
+from sharding.errors import PackError
+from sharding.messages import explain, warn
 
 LOCK = ".webdataset.lock"
 LOCK_WAIT = 0.5  # seconds; the holder of a run that has just ended takes a moment to go

@@ -17,7 +17,7 @@ import os
 import secrets
 from collections.abc import Callable, Container, Iterator
 
-from sharding.errors import AlreadyDone, naming, warn
+from sharding.errors import AlreadyDone, naming
 from sharding.folder import staging
 from sharding.folder.checks import check_output as check_output
 from sharding.folder.dataset import MARKER, cut_short, is_publishing, is_staging, refuse_cut_short
@@ -34,6 +34,7 @@ from sharding.folder.staging import (
 )
 from sharding.folder.staging import read_samples as read_samples
 from sharding.folder.takeover import check_remains, find_remains, refuse_others, take_over
+from sharding.messages import warn
 from sharding.plan import Plan, Published, no_run, not_packed
 from sharding.samples import Samples
 from sharding.shards import (

@@ -18,9 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO
 
 from sharding import faults
-from sharding.batch import CHANGED, STAMP, Batch, in_order, new_stamp
-from sharding.errors import InputError, PackError, argument, explain, naming
+from sharding.batch import CHANGED, STAMP, Batch, new_stamp
+from sharding.errors import InputError, PackError, naming
 from sharding.faults import Odd, quote
+from sharding.messages import argument, explain
+from sharding.parallel import in_order
 from sharding.samples import Samples
 
 if TYPE_CHECKING:

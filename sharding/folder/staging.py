@@ -15,9 +15,10 @@ from collections import defaultdict
 from collections.abc import Container, Iterator
 from typing import BinaryIO
 
-from sharding.errors import InputError, PackError, StopRun, argument, explain, naming, warn
+from sharding.errors import InputError, PackError, StopRun, naming
 from sharding.folder.dataset import MARKER, STAGING, cut_short, is_publishing
 from sharding.folder.mounts import LOCK, denied, make_folder, remove_folder
+from sharding.messages import argument, explain, warn
 from sharding.plan import PLAN, Plan, dump_plan, load_plan, load_samples
 from sharding.samples import Samples
 from sharding.shards import MAX_SHARDS, PARTIAL_PATTERN, STAGED_PATTERN

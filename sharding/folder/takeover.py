@@ -10,10 +10,11 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sharding.errors import InputError, PackError, argument, count, warn
+from sharding.errors import InputError, PackError
 from sharding.folder.dataset import is_publishing, staging_folders
 from sharding.folder.mounts import denied, make_folder
 from sharding.folder.staging import LEFT, all_shards, has_plan, read_plan, remove_staging
+from sharding.messages import argument, count, warn
 from sharding.plan import Plan, differences, does_not_fit, is_array_job, not_ended
 
 
