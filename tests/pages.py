@@ -33,6 +33,7 @@ LEFT_OUT = {
 }
 # What needs torch is run by `make interop`.
 NEEDS_TORCH = re.compile("torch|accelerate|examples/train|WebLoader")
+OF_MAKE = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}  # of the one that runs the tests
 SBATCH = """#!/bin/sh
 # Stands for a scheduler, which copies what it is given and runs it elsewhere.
 for word; do
@@ -115,7 +116,8 @@ def run(command: str, project: Path) -> str:
     """Run a command line in the project, and return what it prints."""
     bins = [project / ".venv" / "bin", project / "bin", Path(sys.executable).parent]
     path = ":".join(map(str, (*bins, os.environ["PATH"])))
-    environment = {**os.environ, "PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(project)}
+    ours = {name: value for name, value in os.environ.items() if name not in OF_MAKE}
+    environment = {**ours, "PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(project)}
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=project,
