@@ -457,7 +457,7 @@ def test_an_array_job(source: Path, expected: dict[str, str], bucket: Bucket) ->
     assert again.returncode == 1 and "is gone" in again.stderr
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", DRIVERS if SOAK else DRIVERS[:1])
 def test_killed_runs(driver: str, bucket: Bucket, tmp_path: Path) -> None:
     """At any moment: no partial shard, the plan stays, and --resume gives the same bytes."""
     raw = write_pairs(tmp_path / "raw", 300, largest=100_000)
