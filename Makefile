@@ -15,8 +15,8 @@ demo: .venv/ready ## ten samples (or what is in source_data) to shards and back
 	./run_parallel.sh
 	$(BIN)/python read_webdataset.py --path webdataset_output
 
-test: .venv/ready-dev ## run the test suite (about five minutes)
-	@echo 'this takes about five minutes on two cores'
+test: .venv/ready-dev ## run the test suite (about ten minutes)
+	@echo 'this takes about ten minutes on two cores'
 	$(BIN)/python -m pytest --ignore=tests/interop
 
 soak: .venv/ready-dev ## the long counts: kills, Ctrl-C, faults, generated names
