@@ -82,8 +82,9 @@ def test_make(tmp_path: Path) -> None:
 
 
 def test_readme(tmp_path: Path) -> None:
-    """From an empty clone on."""
+    """From an empty clone on, with data of one's own."""
     project = make_project(tmp_path / "wds-example")
+    run("./make_dummy_data.sh 10 my_data", project)
     assert run_page(PAGES["README.md"], project) == 8
 
 
