@@ -104,7 +104,7 @@ def open_report(path: str | None, *folders: str | os.PathLike[str] | None) -> It
     """Open a report for writing; without a path, one that keeps nothing.
 
     Raises:
-        InputError: it cannot be written, or lies in one of these folders, where it would be taken
+        InputError: it cannot be written, or is inside one of these folders, where it would be taken
             for data.
     """
     report = Report(path)

@@ -140,7 +140,8 @@ def _apart(fields: Fields, loose: Loose) -> str:
             pair = sorted(f"{stem}.{loose.stems[stem][0]}" for stem in groups[min(whole)])
             names = " and ".join(map(quote, pair[:2]))
             also = "" if required is fields.required else _other_fields(fields, kinds, loose)
-            return f"; {names} are in different folders: put them into one{also}"
+            cure = "put them into one, as examples/link_pairs.py does with links"
+            return f"; {names} are in different folders: {cure}{also}"
     return ""
 
 

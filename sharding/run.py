@@ -139,9 +139,9 @@ def start(
         output: the folder for the shards, made if missing.
         total_shards: number of shards, or
         samples_per_shard: the most samples that a shard gets.
-        resume: take over a run that no lock tells to be dead: in a bucket, an array job, on a file
-            system without locks.
-        replace: pack afresh; discard what an interrupted run has finished (no array job).
+        resume: take over an interrupted run in a bucket, of an array job, or on a file system
+            without locks.
+        replace: discard what an interrupted run has finished, unless it is an array job.
         driver: id of the process without which no worker goes on; None for an array job.
 
     Returns:

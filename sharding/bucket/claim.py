@@ -210,7 +210,7 @@ def _find_lack(store: Any, key: str, run: str) -> str | None:
     found = obstore.get(store, key, options={"head": True})
     if found.attributes.get("run") != run:
         return "drops metadata (x-amz-meta-run)"
-    # What follows the name but for its last letter is that name, usually.
+    # What follows the name without its last letter is that name, usually.
     pages = obstore.list(store, os.path.dirname(key) or None, offset=key[:-1], chunk_size=1)
     listed = next((item for page in pages for item in page if item["path"] == key), None)
     if not listed or version_of(listed) != version_of(found.meta):
