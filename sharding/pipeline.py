@@ -219,16 +219,24 @@ class ReadEpoch:
             return iter(())
         samples = self.read_shards(self.deal(start), start)
         if self.shuffle_buffer > 0:
-            # Anew from seed and epoch, wherever the last one was cut. It wants the one before.
-            shuffle = wds.detshuffle(self.shuffle_buffer, seed=self.seed, epoch=start.epoch - 1)
-            samples = shuffle.run(samples)
+            # Anew, wherever the last epoch was cut, and for each reader in another order: shards
+            # hold neighbours at the same place, which would come out together. detshuffle adds
+            # seed and epoch, so that one seed's epochs would be another's.
+            name = f"{self.seed} {start.epoch} {self.place(start)[0]}"
+            seed = random.Random(name).getrandbits(64)
+            samples = wds.detshuffle(self.shuffle_buffer, seed=seed).run(samples)
         return self.make_tuples(samples)
+
+    def place(self, start: Start) -> tuple[int, int]:
+        """Return the number of this reader among all, and how many these are."""
+        rank, ranks, worker, workers = self.reader()
+        return rank * workers + (worker + start.shift) % workers, ranks * workers
 
     def deal(self, start: Start) -> list[str]:
         """Return the shards of this rank and worker, in the order of the epoch."""
-        rank, ranks, worker, workers = self.reader()
+        _, ranks, _, workers = self.reader()
         shards = list(self.shards)
-        readers, reader = ranks * workers, rank * workers + (worker + start.shift) % workers
+        reader, readers = self.place(start)
         if self.even and len(shards) < ranks:
             raise PackError(f"{len(shards)} shards for {ranks} ranks: pack at least as many")
         if self.even and len(shards) < readers and reader == 0 and start.epoch == 0:

@@ -211,3 +211,23 @@ def test_descriptors_are_given_back(packed: Path) -> None:
     for _ in range(5):
         keys(open_it(packed))
     assert len(os.listdir("/dev/fd")) == before
+
+
+def test_readers_shuffle_each_in_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards hold neighbours at the same place: in one order, workers would give them together."""
+    write_pairs(tmp_path / "source", 800, largest=1)
+    for shard_id in range(2):
+        create_webdataset(tmp_path / "source", tmp_path / "packed", shard_id, 2)
+    rows = {f: place // 2 for place, f in enumerate(sorted(f"sample-{n}" for n in range(800)))}
+    monkeypatch.setenv("NUM_WORKERS", "2")
+    orders = {}
+    for seed, epoch, worker in itertools.product(range(2), range(2), range(2)):
+        monkeypatch.setenv("WORKER", str(worker))
+        dataset = open_webdataset(tmp_path / "packed", "__key__", decode=None, seed=seed)
+        dataset.set_epoch(epoch)
+        orders[seed, epoch, worker] = [rows[key] for key in keys(dataset)]
+    for one, other in itertools.combinations(orders.values(), 2):
+        assert len(one) == len(other) == 400
+        assert sum(map(int.__eq__, one, other)) < 20, "by chance, one"
