@@ -1,4 +1,4 @@
-/* LD_PRELOAD shim: each open of a path that contains "sample-" takes SLOW_OPEN_NS
+/* LD_PRELOAD shim: each open of a file or folder whose path contains "sample-" takes SLOW_OPEN_NS
  * nanoseconds longer, as it may on NFS, Lustre or a cloud disk.
  */
 #define _GNU_SOURCE
@@ -25,6 +25,7 @@ static void wait_for(const char *path) {
   SLOW(int, name, (int folder, const char *path, int flags, mode_t mode),  \
        (folder, path, flags, mode))
 
+SLOW(void *, opendir, (const char *path), (path))
 OPEN(open)
 OPEN(open64)
 OPENAT(openat)

@@ -9,16 +9,18 @@ import ctypes
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import hashes, members, run_script, touch, without_privileges, write_pairs
+from conftest import ROOT, hashes, members, run_script, touch, without_privileges, write_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +28,7 @@ import create_webdataset as core
 import read_webdataset as reader
 from sharding.errors import InputError
 from sharding.faults import open_report
+from sharding.folder import walk
 from sharding.listing import list_samples
 
 SOAK = bool(os.environ.get("SOAK"))
@@ -635,3 +638,106 @@ def test_a_mount_that_has_died(tmp_path: Path) -> None:
         assert done.returncode == 2 and "cannot be listed" in done.stderr, done
     finally:
         libc.umount2(target, 2)
+
+
+# ---------------------------------------------------------------- slow folders
+
+
+def slow_opens(folder: Path, milliseconds: int) -> dict[str, str]:
+    """Return the environment in which each open of a path with "sample-" takes so much longer."""
+    library = folder / "slow_open.so"
+    source = ROOT / "benchmarks" / "slow_open.c"
+    define = f"-DSLOW_OPEN_NS={milliseconds}000000"
+    command = ["cc", define, "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    if not shutil.which("cc") or sys.platform != "linux":
+        pytest.skip("needs a C compiler, and Linux")
+    subprocess.run(command, check=True)
+    return {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("below", ["", "/a/b"])
+def test_slow_folders_are_read_side_by_side(below: str, tmp_path: Path) -> None:
+    """One after the other, the 300 of them take 3 s."""
+    number = 100 if below else 300
+    pairs = [f"sample-{n}{below}/x.{field}" for n in range(number) for field in ("jpg", "txt")]
+    source = touch(tmp_path / "source", *pairs)
+    code = (
+        "import sys, threading, time; from sharding.listing import list_samples\n"
+        "began = time.perf_counter(); found = list_samples(sys.argv[1]).samples\n"
+        "print(len(found), time.perf_counter() - began, threading.active_count())"
+    )
+    env = slow_opens(tmp_path, 10)
+    done = subprocess.check_output([sys.executable, "-c", code, source], env=env, text=True)
+    samples, seconds, threads = done.split()
+    assert (samples, threads) == (str(number), "1") and float(seconds) < 1.2, done
+
+
+def untidy(source: Path, rng: random.Random) -> Path:
+    """Make a tree with something of everything that a listing may meet."""
+    places = [source]
+    for number in range(40):
+        places.append(rng.choice(places) / f"d{number}")
+    for place in places:
+        touch(place, *(f"{n}.{f}" for n in range(rng.randrange(9)) for f in ("jpg", "txt")))
+        touch(place, *rng.sample(["x.jpg", "a.md", ".hidden", "p.1.jpg", "b.JPG", "c.png"], 3))
+        if rng.random() < 0.3:
+            (place / "loop").symlink_to(rng.choice(places))
+        if rng.random() < 0.3:
+            (place / rng.choice(["y.jpg", "gone"])).symlink_to("nowhere")
+        if rng.random() < 0.2:
+            os.mkfifo(place / "z.txt")
+    return source
+
+
+@pytest.mark.parametrize("ahead", [3, 40, 4_096])
+@pytest.mark.parametrize("seed", range(4))
+def test_reading_ahead_changes_nothing(seed: int, ahead: int, tmp_path: Path, monkeypatch) -> None:
+    """The same samples, refusals and report, all in the same order; whatever waits, waits."""
+    source = untidy(tmp_path / "source", random.Random(seed))
+    monkeypatch.setattr(walk, "NAMES_AT_ONCE", 3)
+    monkeypatch.setattr(walk, "AHEAD", ahead)
+    found = []
+    for slow in (60, -1):
+        monkeypatch.setattr(walk, "SLOW_OPEN", slow)
+        report = tmp_path / "report"
+        with open_report(str(report)) as opened:
+            listing = list_samples(source, skip_bad=True, report=opened)
+        with pytest.raises(InputError) as caught:
+            list_samples(source)
+        what = listing.samples.keys, listing.skipped, listing.ignored
+        found.append((*what, str(caught.value), report.read_text()))
+    assert found[0] == found[1] and found[0][2] and found[0][3]
+    assert threading.active_count() == 1
+
+
+def test_what_is_read_ahead_is_bounded(tmp_path: Path, monkeypatch) -> None:
+    """No folder is held whole, however large it is, whether it is the next or not."""
+    source, held = tmp_path / "source", []
+    pairs = [f"{d}/{n}.{f}" for d in range(20) for n in range(100) for f in ("jpg", "txt")]
+    touch(source, *pairs)
+    monkeypatch.setattr(walk, "NAMES_AT_ONCE", 20)
+    monkeypatch.setattr(walk, "AHEAD", 200)
+    monkeypatch.setattr(walk, "SLOW_OPEN", -1)
+    parts = walk._Ahead.parts
+
+    def looking(self, folder):
+        for part in parts(self, folder):
+            time.sleep(0.001)
+            held.append(self.held)
+            yield part
+
+    monkeypatch.setattr(walk._Ahead, "parts", looking)
+    assert len(list_samples(source).samples) == 2_000
+    assert 200 <= max(held) <= 200 + 17 * 21, max(held)
+
+
+def test_a_broken_folder_that_is_read_ahead(preload: str, tmp_path: Path) -> None:
+    """It is named when its turn comes; what comes before it is listed."""
+    source = touch(tmp_path / "source", *(f"sample-{n}/x.md" for n in range(30)))
+    env = {"READDIR_ERRNO": str(errno.EIO), "ODD_NAME": "/sample-7"}
+    touch(source, *(f"sample-7/{n}.md" for n in range(9)))
+    env |= {"LD_PRELOAD": f"{slow_opens(tmp_path, 1)['LD_PRELOAD']} {preload}"}
+    flags = [f"--source={source}", f"--output={tmp_path}/o", "--shard-id=0", "--total-shards=1"]
+    done = run_script("create_webdataset.py", *flags, env=env)
+    said = f"--source cannot be listed: '{source}/sample-7': {os.strerror(errno.EIO)}\n"
+    assert done.returncode == 2 and done.stderr.endswith(said), done
