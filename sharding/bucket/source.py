@@ -1,4 +1,4 @@
-"""A bucket as a source: list its objects, read exactly the versions that were listed.
+"""A bucket as a source: read exactly the versions of objects that were listed.
 
 See `places.Source`. The listing tells the version of each object. A sample keeps these, a plan
 carries them to the workers, and a listing tells whether what a dead run had packed is still true.
@@ -9,22 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import obstore
 
 from sharding.batch import CHANGED, STAMP, Batch, new_stamp
-from sharding.bucket.store import check_bucket, connect, insist, saying, split, version_of
+from sharding.bucket.store import connect, insist, saying, split, version_of
 from sharding.bucket.streams import Ranges
-from sharding.errors import InputError, PackError
+from sharding.bucket.walk import list_files as list_files
+from sharding.errors import PackError
 from sharding.parallel import in_order
 from sharding.samples import Samples
-
-if TYPE_CHECKING:
-    from sharding.scan import FolderScan, Scan
 
 REMOTE = True
 NOTHING = "there is nothing; are bucket and prefix right?"
@@ -42,45 +39,6 @@ def _read_version(version: str) -> tuple[int, int]:
 def _sizes(samples: Samples) -> Iterator[int]:
     """Yield the size of each file of these samples."""
     return (int(part.partition(".")[0]) for s in samples for part in s.listed.split(" "))
-
-
-def list_files(scan: Scan) -> None:
-    """List all objects below a URL."""
-    check_bucket(scan.source)
-    bucket, prefix = split(scan.source)
-    found: dict[str, FolderScan] = {}
-    empty: list[tuple[str, str, str]] = []  # objects of no bytes, some of which mark a folder
-    folders = {"", prefix + "/"}
-
-    def add(objects: Iterable[tuple[str, str, str]]) -> None:
-        pages: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-        for folder, name, version in objects:
-            names, versions = pages[folder]
-            names.append(name)
-            versions.append(version)
-        for folder, page in pages.items():
-            if folder not in found:
-                found[folder] = scan.folder(folder)
-            found[folder].add(*page)
-
-    with saying(scan.source, InputError):
-        for chunk in obstore.list(connect(bucket), prefix or None):
-            objects: list[tuple[str, str, str]] = []
-            for item in chunk:
-                path = item["path"][len(prefix) + 1 if prefix else 0 :]
-                folder, slash, name = path.rpartition("/")
-                folder += slash
-                if folder not in folders:
-                    parts = folder.split("/")
-                    folders.update("/".join(parts[:n]) + "/" for n in range(1, len(parts)))
-                if name[:1] in ("", ".") or folder[:1] == "." or "/." in folder:
-                    continue
-                into = objects if item["size"] else empty
-                into.append((folder, name, version_of(item)))
-            add(objects)
-    add(one for one in empty if f"{one[0]}{one[1]}/" not in folders)
-    for one in found.values():
-        one.close()
 
 
 def read_batches(source: str, samples: Samples) -> Generator[Batch, None, None]:
