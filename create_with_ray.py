@@ -14,6 +14,7 @@ from sharding.cluster import Signals, check_nodes, check_ready, find_address, jo
 from sharding.command import (
     ProgressBar,
     driver_parser,
+    interruptible,
     list_source,
     one_line_errors,
     run_options,
@@ -121,7 +122,8 @@ def main(argv: Sequence[str]) -> int:
         if NOT_UTF8.search(os.fspath(path)):
             raise InputError(f"Ray cannot take a path that is not UTF-8: {os.fspath(path)!r}")
     check_ready(address)
-    run = start(list_source(args), **options, driver=os.getpid())
+    with interruptible(args.source, args.output):
+        run = start(list_source(args), **options, driver=os.getpid())
     try:
         pack_run(run, address, args.num_workers)
         print(f"All shards created successfully with Ray.\n{run.finish()}")

@@ -18,6 +18,7 @@ from sharding.command import (
     NUM_WORKERS,
     Parser,
     driver_parser,
+    interruptible,
     list_source,
     one_line_errors,
     require,
@@ -53,7 +54,8 @@ def start_run(argv: Sequence[str]) -> int:
     args = build_start_parser(for_bash).parse_args(argv)
     options = run_options(args)
     try:
-        run = start(list_source(args), **options, driver=args.hold)
+        with interruptible(args.source, args.output):
+            run = start(list_source(args), **options, driver=args.hold)
     except AlreadyDone as done:
         if not for_bash:
             raise

@@ -22,6 +22,7 @@ from sharding.places import waits
 from sharding.run import can_catch
 from sharding.samples import Listing
 from sharding.shards import MAX_SHARDS, Shard
+from sharding.stages import show_stages
 from sharding.urls import refuse_url
 
 NUM_WORKERS = 4  # of a driver, by default
@@ -274,13 +275,14 @@ def _run(main: Callable[[Sequence[str]], int], argv: Sequence[str], program: str
 
 
 def _prepare_process() -> None:
-    """Make sure that there are streams that take any text, and that Ctrl-C raises an exception."""
+    """Give the process streams that take any text, stages that show, and Ctrl-C as an exception."""
     for name in ("stdout", "stderr"):
         # None: closed by the shell
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    show_stages()
     # So that a script could be stopped while it was imported; see sharding/__init__.py.
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and can_catch():
         signal.signal(signal.SIGINT, signal.default_int_handler)

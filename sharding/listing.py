@@ -22,6 +22,7 @@ from sharding.messages import argument, warn
 from sharding.places import source_at
 from sharding.samples import Listing, Transform, parse_fields
 from sharding.scan import Scan
+from sharding.stages import stage
 from sharding.transform import read_function
 from sharding.urls import without_slash
 
@@ -63,7 +64,7 @@ def list_samples(
     where = source_at(source)
     scan = Scan(without_slash(source), parsed, replace_dots, skip_bad, report or Report())
     scan.report.open()
-    with _without_collector():
+    with _without_collector(), stage("listing", "names") as scan.stage:
         where.list_files(scan)
     skipped = scan.skipped()
     if not skip_bad or not scan.keys:

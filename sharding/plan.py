@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 from sharding.errors import InputError, PackError
 from sharding.messages import argument, count
 from sharding.samples import Function, Sample, Samples, deal
+from sharding.stages import stage
 
 PLAN = "plan"  # the name of the file, in the folder of a run
 _OFFSET = "%015d\n"  # where in the file the samples of a shard begin
@@ -70,14 +71,16 @@ def dump_plan(stream: BinaryIO, plan: Plan, samples: Samples) -> Plan:
     stream.write(_header(plan))
     first, offsets = stream.tell(), []
     stream.write((_OFFSET * (total + 1) % ((0,) * (total + 1))).encode())
-    for shard_id in range(total):
-        offsets.append(stream.tell())
-        dealt = deal(samples, shard_id, total)
-        lines = _to_text(dealt, plan.usual).encode()
-        stream.write(lines)
-        if dealt.listed or dealt.odd:  # an object of another version is the same sample
-            lines = _to_text(dealt.without_versions(), plan.usual).encode()
-        seen.update(lines)
+    with stage("planning", "samples", len(samples)) as planning:
+        for shard_id in range(total):
+            offsets.append(stream.tell())
+            dealt = deal(samples, shard_id, total)
+            lines = _to_text(dealt, plan.usual).encode()
+            stream.write(lines)
+            if dealt.listed or dealt.odd:  # an object of another version is the same sample
+                lines = _to_text(dealt.without_versions(), plan.usual).encode()
+            seen.update(lines)
+            planning.add(len(dealt))
     offsets.append(stream.tell())
     stream.seek(first)
     stream.write((_OFFSET * (total + 1) % tuple(offsets)).encode())

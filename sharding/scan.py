@@ -16,6 +16,7 @@ from sharding.errors import InputError
 from sharding.faults import Kind, Odd, Report, Tally, quote
 from sharding.messages import argument
 from sharding.samples import Fields, Sample, Samples, judge, name_fault
+from sharding.stages import Stage
 
 MAX_GROWN = 100_000  # entries of a table that only counts what is left out
 MayRead = Callable[[list[str]], bool]  # tells whether the files at these paths may be read
@@ -39,6 +40,7 @@ class Scan:
         self.replace_dots = replace_dots
         self.skip_bad = skip_bad
         self.report = report
+        self.stage = Stage("listing", "names", None)
         self.usual: tuple[str, ...] = ()  # extensions of the first complete sample
         self.keys: list[str] = []  # of all complete samples
         self.odd: dict[str, Sample] = {}  # those of them that are not usual
@@ -227,9 +229,11 @@ class FolderScan:
         self.prefix = prefix
         self.found: dict[str, Stems] = defaultdict(Stems)  # by extension
         self.odd: dict[str, list[Odd]] = defaultdict(list)  # stem -> fields that are no files
+        scan.stage.add(0, folders=1)
 
     def add(self, names: Sequence[str], versions: Sequence[str] = ()) -> None:
         """Take names of files, and their versions where a listing tells them."""
+        self.scan.stage.add(len(names))
         split, known = self._split(), self.scan.known
         stems: dict[str, list[str]] = {field: [] for field in known}
         for name in names:  # this loop sees each file of a dataset

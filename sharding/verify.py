@@ -26,6 +26,7 @@ from sharding.places import dataset_at, source_at
 from sharding.reading import walk
 from sharding.samples import Fields, Listing, Samples, deal, judge
 from sharding.shards import Found, shard_name, shard_number
+from sharding.stages import Stage, stage
 from sharding.verify_shard import NO_SAMPLES, Checked, Task, check_shard
 
 ENOUGH = 8  # keys; see `count_uneven`
@@ -107,7 +108,8 @@ def check_dataset(
         raise PackError(f"a checking process was killed; {reason}") from None
     if not transform:  # whose fields were compared, sample by sample
         compare_fields(checked, fields, faults, label)
-    compare_shards(checked, listed, total, faults, label)
+    with stage("comparing keys", "samples", len(listed)) as comparing:
+        compare_shards(checked, listed, total, faults, label, comparing)
     return checked, faults
 
 
@@ -177,6 +179,7 @@ def compare_shards(
     total: int,
     faults: Faults,
     label: Callable[[str], str],
+    comparing: Stage,
 ) -> None:
     """Note keys in two shards, and what a source has that they have not."""
     shard_of: dict[str, str] = {}  # key -> name of the shard that holds it
@@ -204,6 +207,7 @@ def compare_shards(
                 faults.add("missing sample", key, f"{key!r} of {due}")
             elif found != due:
                 faults.add(MISPLACED, key, f"{key!r} is in {found}, not {due}")
+        comparing.add(len(range(number, len(listed), total)))
     for key, name in shard_of.items():
         faults.add("extra sample, not in the source", key, f"{key!r} in {name}")
 

@@ -28,6 +28,7 @@ ALLOWED = {
     ("training", "webdataset", False),
     ("transform", "webdataset", False),
     ("command", "tqdm", False),
+    ("stages", "tqdm", False),
     ("cluster", "ray", False),
     ("create_with_ray", "ray", False),
     ("read_webdataset", "webdataset", False),

@@ -46,6 +46,7 @@ from sharding.shards import (
     shard_name,
     warn_of_more,
 )
+from sharding.stages import stage
 
 
 def prepare(output: str, shard_ids: Container[int], total_shards: int) -> None:
@@ -254,8 +255,10 @@ def _read_marker(folder: str) -> int:
 def _move_shards(folder: str, total_shards: int) -> None:
     """Move shards to their final place; what is moved already, by a run cut short, stays."""
     output = os.path.dirname(folder)
-    for shard_id, (path, *_) in sorted(staged_shards(folder).items()):
-        os.rename(path, os.path.join(output, shard_name(shard_id)))
+    with stage("publishing", "shards", total_shards) as publishing:
+        for shard_id, (path, *_) in sorted(staged_shards(folder).items()):
+            os.rename(path, os.path.join(output, shard_name(shard_id)))
+            publishing.add(1)
     for name in beyond(os.listdir(output), total_shards):  # of a larger dataset
         os.unlink(os.path.join(output, name))
     settle(output)
