@@ -130,7 +130,9 @@ def name_alone(names, lacks):
     """Say which of these have no partner."""
     if names:
         more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-        print(f"without a {lacks}: {', '.join(map(repr, names[:5]))}{more}", file=sys.stderr)
+        print(
+            f"left out, without a {lacks}: {', '.join(map(repr, names[:5]))}{more}", file=sys.stderr
+        )
 
 
 def run(args):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from sharding.errors import InputError, PackError
 
-ANEW = "else begin the epoch anew: call set_epoch in place of load_state_dict"
+ANEW = "or restart the epoch: call set_epoch instead of load_state_dict"
 KEPT_ITERATIONS = 500  # of the last ones; more than loaders that read at the same time
 
 
@@ -81,7 +81,7 @@ class Saved(NamedTuple):
                 uuid.uuid4().hex,
             )
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise InputError(f"this is no state of a dataset: {error!r}") from None
+            raise InputError(f"not a state of a dataset: {error!r}") from None
 
     def start(self, reader: Reader) -> Start:
         """Return where a reader goes on.
@@ -182,7 +182,7 @@ class Position:
         self.shards = number + 1, zlib.crc32(b"%d " % size, checksum)
         before = self.start.shards
         if before and before[0] == number + 1 and before != self.shards:
-            raise PackError(f"the shards are others than when the state was saved; {ANEW}")
+            raise PackError(f"the shards have changed since the state was saved; {ANEW}")
 
     def skipping(self) -> bool:
         """Tell whether samples are passed over that were seen before the training was stopped."""

@@ -18,6 +18,7 @@ from sharding.messages import argument
 from sharding.samples import Fields, Sample, judge
 
 PICTURES = frozenset(("bmp", "gif", "heic", "heif", "jpeg", "jpg", "png", "tif", "tiff", "webp"))
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 TEXTS = ("txt", "text", "caption", "captions", "cap", "prompt", "json", "cls")  # likely ones first
 MAX_STEMS = 50_000  # that are kept; of more, a part stands for all
 MAX_EXTENSIONS = 16  # of a stem: there are folders of millions of `name.<number>`
@@ -88,6 +89,17 @@ class Loose:
 def hint(fields: Fields, loose: Loose, samples: Sequence[Sample]) -> str:
     """Return what may be behind samples that lack a field, or nothing."""
     return _other_fields(fields, loose.kinds(samples), loose) or _apart(fields, loose)
+
+
+def table(ignored: Mapping[str, int]) -> str:
+    """Return the hint that what is missing stands in a table, if there is one, or nothing.
+
+    Args:
+        ignored: how many files are no part of a sample, by extension: ".csv".
+    """
+    for extension in filter(ignored.get, TABLES):
+        return f"; is the rest in a {extension}? examples/link_pairs.py pairs its rows with files"
+    return ""
 
 
 def is_optional(extension: str, fields: Fields, loose: Loose, samples: Sequence[Sample]) -> bool:

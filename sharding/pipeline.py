@@ -238,7 +238,7 @@ class ReadEpoch:
         shards = list(self.shards)
         reader, readers = self.place(start)
         if self.even and len(shards) < ranks:
-            raise PackError(f"{len(shards)} shards for {ranks} ranks: pack at least as many")
+            raise PackError(f"{len(shards)} shards for {ranks} ranks: pack at least {ranks} shards")
         if self.even and len(shards) < readers and reader == 0 and start.epoch == 0:
             warnings.warn(
                 f"{len(shards)} shards for {readers} readers (ranks: {ranks}, "

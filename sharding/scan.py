@@ -162,6 +162,7 @@ class Scan:
             first, cure = ", ".join(tally.first()), kind.cure
             if kind is faults.INCOMPLETE:
                 cure += self.hint() or faults.left_out("also there", self.ignored)
+                cure += hints.table(self.ignored)
             if kind is faults.DOTTED:
                 rest, number = self.dotted.most_common(1)[0]
                 if number == tally.number and hints.is_optional(
@@ -176,6 +177,7 @@ class Scan:
             pair = [f"sample-0.{entry[0]}" for entry in self.fields.required]
             cure = f"put pairs such as {' + '.join(pair)} there, or give other {argument('fields')}"
             cure += self.hint() + faults.left_out("ignored", self.ignored)
+            cure += hints.table(self.ignored)
             cure += faults.left_out("skipped", self.skipped())
             if not self.ignored and not self.tallies:
                 cure = nothing.format(cure=cure)

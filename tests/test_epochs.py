@@ -145,7 +145,7 @@ def test_stages_that_do_not(packed: Path, behind: Any, name: str, cure: str) -> 
     assert state["inexact"] == name and len(json.dumps(state)) < 200
     again = behind(open_it(packed))
     for wrong in (state, {"epoch": 0, "batches": 5, "batch_size": 1}):
-        with pytest.raises(InputError, match=rf"\.{name}\(\) .*{cure}.*; else .* set_epoch"):
+        with pytest.raises(InputError, match=rf"\.{name}\(\) .*{cure}.*; or .* set_epoch"):
             again.load_state_dict(wrong)
     again.load_state_dict(start)
     again.set_epoch(1)

@@ -26,7 +26,8 @@ def test_two_folders(tmp_path: Path) -> None:
     touch(tmp_path / "captions", "x/a.txt", "b.txt", "left.txt")
     done = link(tmp_path, "images", "captions", "links")
     assert (done.returncode, done.stdout) == (0, "2 pairs in links\n")
-    assert done.stderr == "without a caption: 'lonely.jpg'\nwithout a picture: 'left.txt'\n"
+    lonely = "left out, without a caption: 'lonely.jpg'\n"
+    assert done.stderr == f"{lonely}left out, without a picture: 'left.txt'\n"
     names = ["b.JPG", "b.txt", "x/a.jpg", "x/a.txt"]
     assert texts(tmp_path / "links") == {name: name for name in names}
     packed = run_script(
@@ -60,7 +61,8 @@ def test_a_table(tmp_path: Path, name: str, mark: str) -> None:
         (photos / name).write_text("\r\n".join(rows), encoding=mark, newline="")
     done = link(tmp_path, "photos", f"photos/{name}", "links")
     assert (done.returncode, done.stdout) == (0, "3 pairs in links\n"), done.stderr
-    assert done.stderr == "without a caption: 'lonely.jpg'\nwithout a picture: 'no.jpg'\n"
+    lonely = "left out, without a caption: 'lonely.jpg'\n"
+    assert done.stderr == f"{lonely}left out, without a picture: 'no.jpg'\n"
     assert texts(tmp_path / "links") == LINKED
 
 

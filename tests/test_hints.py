@@ -67,6 +67,7 @@ def test_no_hint_rather_than_a_bad_one(tmp_path: Path) -> None:
         for fields in ("jpg,txt", "jpg,txt,cls"):
             said = hint_of(touch(tmp_path / f"{number}", *names), fields)
             assert 'fields "' not in said and left in said, said
+            assert ("link_pairs.py" in said) == (left == ".csv")
 
 
 def follow(source: Path, output: Path, said: str) -> dict[str, bytes]:

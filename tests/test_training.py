@@ -443,7 +443,7 @@ def test_states_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     list(dataset)
     state = dataset.state_dict()
     for wrong in ({}, {"epoch": "x"}, {"epoch": 1, "batches": 3}, 7):
-        with pytest.raises(InputError, match="this is no state of a dataset"):
+        with pytest.raises(InputError, match="not a state of a dataset"):
             dataset.load_state_dict(wrong)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
@@ -458,7 +458,7 @@ def test_states_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     other.load_state_dict(dataset.state_dict())
     (source / "sample-0.jpg").write_bytes(bytes(50_000))
     create_webdataset(source, output, 0, 4)
-    with pytest.raises(PackError, match="the shards are others than when the state was saved"):
+    with pytest.raises(PackError, match="the shards have changed since the state was saved"):
         list(other)
 
 
