@@ -63,20 +63,20 @@ class Course:
 
         return Data(self.made(f"{samples}-of-{size}", fill), samples)
 
-    def names(self, samples: int) -> Data:
-        """Return the names of samples: links to empty files, 25,000 samples in each folder."""
+    def names(self, samples: int, each: int = 25_000) -> Data:
+        """Return the names of samples: links to empty files, so many samples in each folder."""
         samples = max(16, round(samples * self.scale))
 
         def fill(folder: Path) -> None:
             for i in tqdm(range(samples), desc=f"making {samples} names", disable=None):
-                part = folder / f"{i // 25_000:03d}"  # ext4 allows a file 65,000 links
-                if i % 25_000 == 0:
+                part = folder / f"sample-{i // each:03d}"  # ext4 allows a file 65,000 links
+                if i % each == 0:
                     part.mkdir()
                     (part / ".empty").touch()
                 for field in ("jpg", "txt"):
                     os.link(part / ".empty", part / f"sample-{i}.{field}")
 
-        return Data(self.made(f"{samples}-names", fill), samples)
+        return Data(self.made(f"{samples}-names-{each}", fill), samples)
 
     def written(self, by: str, data: Data, parts: int = 1, *, peer: bool = False) -> Data:
         """Return what a contestant makes of some data, for others to read."""
@@ -139,10 +139,10 @@ class Course:
         jobs = [[*head, str(part), str(parts)] for part in range(parts)]
         return Contestant(name, jobs, data.samples)
 
-    def slow_opens(self) -> dict[str, str]:
-        """Return the environment in which each open of a sample takes 1 ms longer."""
-        library = str(self.root / "slow_open.so")
-        command = ["cc", "-DSLOW_OPEN_NS=1000000", "-shared", "-fPIC", "-o", library]
+    def slow_opens(self, ms: int = 1) -> dict[str, str]:
+        """Return the environment in which each open of a sample, or its folder, takes longer."""
+        library = str(self.root / f"slow_open_{ms}.so")
+        command = ["cc", f"-DSLOW_OPEN_NS={ms}000000", "-shared", "-fPIC", "-o", library]
         try:
             subprocess.run([*command, HERE / "slow_open.c", "-ldl"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:

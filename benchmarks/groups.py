@@ -70,6 +70,40 @@ def slow(course: Course) -> list[Contestant]:
     return [contestant._replace(env=env) for contestant in contestants]
 
 
+@group(ratio("listing", "os.walk", most=0.2))
+def slow_folders(course: Course) -> list[Contestant]:
+    """12,000 samples in 600 folders, each of which takes 10 ms longer to open; inside Python."""
+    names, env = course.names(12_000, 20), course.slow_opens(10)
+    contestants = [
+        course.call("listing", "packers.listing", names),
+        course.call("os.walk", "packers.walk", names),
+    ]
+    return [contestant._replace(env=env) for contestant in contestants]
+
+
+@group(
+    ratio("listing", "one listing of obstore's", most=0.25),
+    ratio("listing, one prefix", "one listing of obstore's, one prefix", most=1.2),
+)
+def slow_answers(course: Course) -> list[Contestant]:
+    """15,000 samples in 24 prefixes, or in one; the store answers 150 ms later."""
+    prefixes, one = (
+        course.uploaded(course.names(15_000, 625)),
+        course.uploaded(course.names(15_000)),
+    )
+    assert course.server
+    env = course.server.delayed(0.15)
+    contestants = [
+        course.call(name + suffix, function, data)
+        for data, suffix in ((prefixes, ""), (one, ", one prefix"))
+        for name, function in (
+            ("listing", "packers.listing"),
+            ("one listing of obstore's", "packers.serial"),
+        )
+    ]
+    return [contestant._replace(env=env) for contestant in contestants]
+
+
 @group(ratio("create_with_ray.py, 2 workers", "empty Ray, start and stop", most=1.5))
 def ray(course: Course) -> list[Contestant]:
     """20,000 samples of 8 KB + 40 B, whole commands."""

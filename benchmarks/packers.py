@@ -48,6 +48,24 @@ def listing(task: Task) -> None:
     print("counted", len(list_samples(task.source).samples))
 
 
+def walk(task: Task) -> None:
+    """List as Python does, and nothing more."""
+    imported()
+    found = (name for *_, names in os.walk(task.source) for name in names)
+    print("counted", sum(name.endswith(".jpg") for name in found))
+
+
+def serial(task: Task) -> None:
+    """List a bucket as obstore does: page after page."""
+    import obstore
+    from obstore.store import S3Store
+
+    imported()
+    _, _, bucket, prefix = task.source.split("/")
+    pages = obstore.list(S3Store(bucket, client_options={"allow_http": True}), prefix)
+    print("counted", sum(item["path"].endswith(".jpg") for page in pages for item in page))
+
+
 def plan(task: Task) -> None:
     """List, and write the plan of a run of 1,000 shards."""
     listed = contestant.ours("sharding.listing", task, "sharding.run").list_samples(task.source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
@@ -10,7 +11,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from asyncio import StreamReader, StreamWriter
 from pathlib import Path
 
 from measure import Skipped
@@ -92,6 +95,31 @@ class Server:
         """Make one place, a folder or one below BUCKET, hold the files of another and no more."""
         if self.rclone("sync", str(source), str(target)):
             raise Skipped(f"{source} cannot be copied to {target}")
+
+    def delayed(self, seconds: float) -> dict[str, str]:
+        """Return the environment that leads to the server by a way on which requests take longer.
+
+        A thread of the benchmark passes them on, in order; answers take no longer than before.
+        """
+        (port,), target = free_ports(1), int(self.env["AWS_ENDPOINT_URL"].rpartition(":")[2])
+
+        async def copy(reader: StreamReader, writer: StreamWriter, wait: float) -> None:
+            while data := await reader.read(1 << 20):
+                await asyncio.sleep(wait)
+                writer.write(data)
+                await writer.drain()
+            writer.close()
+
+        async def relay(reader: StreamReader, writer: StreamWriter) -> None:
+            there, back = await asyncio.open_connection("127.0.0.1", target)
+            await asyncio.gather(copy(reader, back, seconds), copy(there, writer, 0))
+
+        async def serve() -> None:
+            async with await asyncio.start_server(relay, "127.0.0.1", port) as server:
+                await server.serve_forever()
+
+        threading.Thread(target=asyncio.run, args=[serve()], daemon=True).start()
+        return {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
 
     def stop(self) -> None:
         """Stop the server, and remove its data."""
