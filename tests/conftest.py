@@ -33,6 +33,10 @@ from sharding.shards import Progress, Shard
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.pop("PYTHONUNBUFFERED", None)  # else nobody sees what is never flushed
 MakeSource = Callable[..., Path]
+SOAK = bool(os.environ.get("SOAK"))  # `make soak`: the long counts
+DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
+# Where both drivers take the same way, a start of Ray for each row is for `make soak`.
+MOSTLY_BASH = DRIVERS if SOAK else DRIVERS[:1]
 
 
 def write_pairs(folder: Path, count: int, largest: int = 2_000, seed: int = 0) -> Path:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import obstore
 import pytest
-from conftest import KEYS, ROOT, Bucket, run_script, slow_proxy, write_pairs
+from conftest import DRIVERS, KEYS, ROOT, Bucket, run_script, slow_proxy, write_pairs
 from proxy import Answer, start_proxy
 
 from create_webdataset import create_webdataset
@@ -278,7 +278,7 @@ def test_a_proxy_that_refuses(
     assert said in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("driver", ["run_parallel.sh", "create_with_ray.py"])
+@pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("flag", ["--source", "--output"])
 def test_drivers_find_it_out_before_any_work(
     driver: str, flag: str, bucket: Bucket, tmp_path: Path

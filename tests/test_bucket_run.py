@@ -16,8 +16,11 @@ from pathlib import Path
 import obstore
 import pytest
 from conftest import (
+    DRIVERS,
     KEYS,
+    MOSTLY_BASH,
     ROOT,
+    SOAK,
     Bucket,
     bucket_of,
     hashes,
@@ -41,9 +44,7 @@ from sharding.listing import list_samples
 from sharding.places import output_at
 from sharding.shards import SHARD_PATTERN
 
-SOAK = bool(os.environ.get("SOAK"))
 KILLS = 40 if SOAK else 6
-DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
 
 
 def pack(driver: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
@@ -64,10 +65,11 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return hashes(output)
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize(
+    ("remote", "driver"), [(False, DRIVERS[0]), *((True, driver) for driver in DRIVERS)]
+)
 def test_the_same_bytes(
-    driver: str, remote: bool, source: Path, expected: dict[str, str], bucket: Bucket
+    remote: bool, driver: str, source: Path, expected: dict[str, str], bucket: Bucket
 ) -> None:
     """From a folder and from a bucket; nothing but the shards is left; a second run is refused."""
     start = bucket.upload(source, "raw/") if remote else source
@@ -457,7 +459,7 @@ def test_an_array_job(source: Path, expected: dict[str, str], bucket: Bucket) ->
     assert again.returncode == 1 and "is gone" in again.stderr
 
 
-@pytest.mark.parametrize("driver", DRIVERS if SOAK else DRIVERS[:1])
+@pytest.mark.parametrize("driver", MOSTLY_BASH)
 def test_killed_runs(driver: str, bucket: Bucket, tmp_path: Path) -> None:
     """At any moment: no partial shard, the plan stays, and --resume gives the same bytes."""
     raw = write_pairs(tmp_path / "raw", 300, largest=100_000)

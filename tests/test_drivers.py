@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, hashes, run_script, start_packing, write_pairs
+from conftest import DRIVERS, MOSTLY_BASH, ROOT, hashes, run_script, start_packing, write_pairs
 
 import create_with_ray
 from sharding.errors import PackError
@@ -163,7 +163,7 @@ USAGE = [
 ]
 
 
-@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+@pytest.mark.parametrize("script", DRIVERS)
 @pytest.mark.parametrize(("flags", "message"), USAGE, ids=[" ".join(row[0]) for row in USAGE])
 def test_usage(flags: list[str], message: str, script: str, tmp_path: Path, capfd) -> None:
     source = write_pairs(tmp_path / "source", 3)
@@ -190,7 +190,7 @@ def test_an_interpreter_behind_a_wrapper(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+@pytest.mark.parametrize("script", DRIVERS)
 def test_nobody_reads_the_output(script: str, tmp_path: Path) -> None:
     """As with `... | head -1`: the reason is named, and nothing is published."""
     source, output = write_pairs(tmp_path / "source", 40), tmp_path / "o"
@@ -228,7 +228,7 @@ def test_progress_on_a_terminal(source_1003: Path, tmp_path: Path) -> None:
     assert sorted(out.splitlines()[:2]) == sorted(counts)
 
 
-@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+@pytest.mark.parametrize("script", DRIVERS)
 def test_help(script: str) -> None:
     done = run_script(script, "--help")
     assert done.returncode == 0
@@ -236,7 +236,7 @@ def test_help(script: str) -> None:
         assert f"--{flag}" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+@pytest.mark.parametrize("script", MOSTLY_BASH)
 def test_samples_per_shard(script: str, tmp_path: Path) -> None:
     source, output = write_pairs(tmp_path / "source", 10), tmp_path / "o"
     flags = ["--source", source, "--output", output, "--samples-per-shard=3"]
@@ -400,7 +400,7 @@ def make_unreadable(source: Path) -> None:
     (source / "sample-1.jpg").symlink_to("/proc/self/mem")
 
 
-@pytest.mark.parametrize("script", ["run_parallel.sh", "create_with_ray.py"])
+@pytest.mark.parametrize("script", DRIVERS)
 def test_a_failed_shard_is_named_and_nothing_is_published(script: str, tmp_path: Path) -> None:
     source, output = write_pairs(tmp_path / "source", 4), tmp_path / "output"
     flags = ["--source", source, "--output", output, "--num-workers", "2", "--num-shards", "4"]

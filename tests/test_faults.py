@@ -19,7 +19,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, hashes, pack_shard_of, run_script, without_privileges, write_pairs
+from conftest import (
+    DRIVERS,
+    MOSTLY_BASH,
+    ROOT,
+    SOAK,
+    hashes,
+    pack_shard_of,
+    run_script,
+    without_privileges,
+    write_pairs,
+)
 
 import create_webdataset as core
 import read_webdataset
@@ -34,8 +44,6 @@ from sharding.run import STOPPING
 from sharding.run import start as start_run
 from sharding.shards import PARTIAL_PATTERN, SHARD_PATTERN, STAGED_PATTERN, shard_name
 
-SOAK = bool(os.environ.get("SOAK"))
-DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
 SHARDS = 12
 
 
@@ -129,10 +137,12 @@ def kill_and_resume(
     return "publishing" if interrupted else f"{len(finished)} packed"
 
 
-@pytest.mark.parametrize("whole_group", [True, False], ids=["group", "driver"])
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    ("whole_group", "driver"),
+    [*((False, driver) for driver in DRIVERS), *((True, driver) for driver in MOSTLY_BASH)],
+)
 def test_sigkill_at_any_moment(
-    driver: str, whole_group: bool, old_and_new: tuple[Path, Path, Path], tmp_path: Path
+    whole_group: bool, driver: str, old_and_new: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     rng = random.Random(f"{driver} {whole_group}")
     bash = driver == "run_parallel.sh"
@@ -302,7 +312,7 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-@pytest.mark.parametrize("driver", DRIVERS[: 2 if SOAK else 1])
+@pytest.mark.parametrize("driver", MOSTLY_BASH)
 def test_full_disk(driver: str, small_disk: Path, old_and_new, tmp_path: Path) -> None:
     few = write_pairs(tmp_path / "few", 10)
     assert run_script("run_parallel.sh", *flags(few, small_disk / "o")).returncode == 0
@@ -506,7 +516,7 @@ def test_direct_packing_clears_its_own_leftovers(tmp_path: Path) -> None:
     assert sorted(os.listdir(output)) == [left[0], left[2]], "a run clears all"
 
 
-@pytest.mark.parametrize("driver", DRIVERS[: 2 if SOAK else 1])
+@pytest.mark.parametrize("driver", MOSTLY_BASH)
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_a_file_system_without_locks(driver: str, number: int, preload: str, tmp_path) -> None:
     if driver == "create_with_ray.py" and number != errno.ENOLCK:

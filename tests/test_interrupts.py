@@ -19,10 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, hashes, run_script, write_pairs
+from conftest import ROOT, SOAK, hashes, run_script, write_pairs
 
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SOAK = bool(os.environ.get("SOAK"))
 LONGEST = {"run_parallel.sh": 1.2, "create_with_ray.py": 6.0, "read_webdataset.py": 1.2}
 SHARDS = 40
 
@@ -167,7 +166,7 @@ def test_a_signal_as_a_worker_ends(tmp_path: Path, monkeypatch) -> None:
         )
 
     with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(attempt, range(600 if SOAK else 50)))
+        outcomes = list(pool.map(attempt, range(600 if SOAK else 30)))
     for sent, code, err in outcomes:
         # Too early, it ends bash itself; too late, the shards are in place.
         assert code in (128 + sent, -sent, 0), (sent, code, err)

@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, hashes, members, run_script, touch, without_privileges, write_pairs
+from conftest import (
+    MOSTLY_BASH,
+    ROOT,
+    SOAK,
+    hashes,
+    members,
+    run_script,
+    touch,
+    without_privileges,
+    write_pairs,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,9 +40,6 @@ from sharding.errors import InputError
 from sharding.faults import open_report
 from sharding.folder import walk
 from sharding.listing import list_samples
-
-SOAK = bool(os.environ.get("SOAK"))
-DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
 
 
 def packed(output: Path) -> dict[str, bytes]:
@@ -56,8 +63,7 @@ def pack_and_prove(driver: str, source: Path, output: Path, *flags: str) -> tupl
 
 
 # Both list through the same call: a start of Ray for each row is for `make soak`.
-SOAK = bool(os.environ.get("SOAK"))
-both_drivers = pytest.mark.parametrize("driver", DRIVERS if SOAK else DRIVERS[:1])
+both_drivers = pytest.mark.parametrize("driver", MOSTLY_BASH)
 
 
 @both_drivers

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import obstore
 import pytest
-from conftest import Bucket, hashes, run_script, touch, write_pairs
+from conftest import MOSTLY_BASH, Bucket, hashes, run_script, touch, write_pairs
 from obstore.exceptions import GenericError
 
 import create_with_ray
@@ -21,8 +21,6 @@ from sharding.errors import InputError, PackError
 from sharding.listing import list_samples
 from sharding.pack import pack_shard
 
-DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
-
 
 def pack(driver: str, *flags: str | Path) -> str:
     done = run_script(driver, *flags)
@@ -30,7 +28,7 @@ def pack(driver: str, *flags: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", MOSTLY_BASH)
 def test_the_same_shards_as_from_a_folder(driver: str, bucket: Bucket, tmp_path: Path) -> None:
     """Folders, odd names, optional fields, large files."""
     source = write_pairs(tmp_path / "source", 60)

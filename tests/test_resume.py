@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from conftest import hashes, members, pack_shard_of, run_script, write_pairs
+from conftest import DRIVERS, MOSTLY_BASH, hashes, members, pack_shard_of, run_script, write_pairs
 
 import read_webdataset as reader
 from sharding.errors import InputError, PackError
@@ -22,7 +22,6 @@ from sharding.run import Run, load
 from sharding.run import start as start_run
 from sharding.shards import shard_name
 
-DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
 UNREADABLE = "/proc/self/mem"  # what links to it is listed, and its read fails
 
 
@@ -126,7 +125,7 @@ def test_what_does_not_fit_is_refused(
     assert not staging_folders(str(output))
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", MOSTLY_BASH)
 def test_replace_packs_afresh(driver: str, place) -> None:
     """Also what fits; and it may always be given."""
     leave(*place)

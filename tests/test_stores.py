@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import obstore
 import proxy
 import pytest
-from conftest import KEYS, Bucket, hashes, pack_shard_of, run_script, write_pairs
+from conftest import KEYS, MOSTLY_BASH, Bucket, hashes, pack_shard_of, run_script, write_pairs
 from proxy import Answer, Lie, Lost, Request
 
 from create_webdataset import create_webdataset
@@ -27,7 +27,6 @@ from sharding.bucket.run import PACKED
 from sharding.errors import PackError
 from sharding.listing import list_samples
 
-DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
 MakeLiar = Callable[[Lie], None]
 
 
@@ -74,7 +73,7 @@ def packed(source: Path | str, output: str, resume: bool = False) -> runs.Run:
     return run
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", MOSTLY_BASH)
 def test_a_store_that_knows_etags_without_quotes(
     driver: str, source: Path, expected: dict[str, str], bucket: Bucket, liar: MakeLiar
 ) -> None:

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import pytest
 import webdataset as wds
 from conftest import (
+    DRIVERS,
+    MOSTLY_BASH,
     Bucket,
     hashes,
     members,
@@ -422,7 +424,7 @@ def test_errors_in_work(what: Any, said: str, place) -> None:
     assert hashes(output) == before
 
 
-@pytest.mark.parametrize("driver", ["run_parallel.sh", "create_with_ray.py"])
+@pytest.mark.parametrize("driver", MOSTLY_BASH)
 def test_other_shards_go_on(driver: str, place) -> None:
     """Exit 1, the shard named; nothing is published, what was there stays; then it goes on."""
     source, output, file = place
@@ -490,7 +492,7 @@ def leave(place, finished: tuple[int, ...] = (0, 2)) -> Run:
     return run
 
 
-@pytest.mark.parametrize("driver", ["run_parallel.sh", "create_with_ray.py"])
+@pytest.mark.parametrize("driver", DRIVERS)
 def test_going_on(driver: str, place) -> None:
     """Kept shards tell what was dropped, though another process packed them."""
     leave(place)

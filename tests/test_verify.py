@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
-from conftest import jpeg, touch, write_pairs
+from conftest import SOAK, jpeg, touch, write_pairs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,7 +29,6 @@ from sharding import archive, images, verify, verify_shard
 from sharding.folder import source as files
 from sharding.shards import shard_name
 
-SOAK = bool(os.environ.get("SOAK"))
 SHARDS = 5
 
 
