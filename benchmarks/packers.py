@@ -71,7 +71,7 @@ def plan(task: Task) -> None:
     listed = contestant.ours("sharding.listing", task, "sharding.run").list_samples(task.source)
     from sharding.run import start
 
-    run, _ = start(listed, output=task.output, total_shards=1_000)
+    run = start(listed, output=task.output, total_shards=1_000)
     print("counted", run.plan.total_samples)
 
 
