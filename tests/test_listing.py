@@ -38,6 +38,7 @@ import create_webdataset as core
 import read_webdataset as reader
 from sharding.errors import InputError
 from sharding.faults import open_report
+from sharding.folder import ahead as ahead_room
 from sharding.folder import walk
 from sharding.listing import list_samples
 
@@ -701,7 +702,7 @@ def test_reading_ahead_changes_nothing(seed: int, ahead: int, tmp_path: Path, mo
     """The same samples, refusals and report, all in the same order; whatever waits, waits."""
     source = untidy(tmp_path / "source", random.Random(seed))
     monkeypatch.setattr(walk, "NAMES_AT_ONCE", 3)
-    monkeypatch.setattr(walk, "AHEAD", ahead)
+    monkeypatch.setattr(ahead_room, "AHEAD", ahead)
     found = []
     for slow in (60, -1):
         monkeypatch.setattr(walk, "SLOW_OPEN", slow)
@@ -722,9 +723,9 @@ def test_what_is_read_ahead_is_bounded(tmp_path: Path, monkeypatch) -> None:
     pairs = [f"{d}/{n}.{f}" for d in range(20) for n in range(100) for f in ("jpg", "txt")]
     touch(source, *pairs)
     monkeypatch.setattr(walk, "NAMES_AT_ONCE", 20)
-    monkeypatch.setattr(walk, "AHEAD", 200)
+    monkeypatch.setattr(ahead_room, "AHEAD", 200)
     monkeypatch.setattr(walk, "SLOW_OPEN", -1)
-    parts = walk._Ahead.parts
+    parts = walk.Ahead.parts
 
     def looking(self, folder):
         for part in parts(self, folder):
@@ -732,7 +733,7 @@ def test_what_is_read_ahead_is_bounded(tmp_path: Path, monkeypatch) -> None:
             held.append(self.held)
             yield part
 
-    monkeypatch.setattr(walk._Ahead, "parts", looking)
+    monkeypatch.setattr(walk.Ahead, "parts", looking)
     assert len(list_samples(source).samples) == 2_000
     assert 200 <= max(held) <= 200 + 17 * 21, max(held)
 

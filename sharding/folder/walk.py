@@ -1,77 +1,35 @@
 """List a folder: its names go to the scan in one order, whoever reads the folders.
 
-Where folders open slowly, as on NFS or Lustre, threads read those that come next: see `_Ahead`.
+Where folders open slowly, as on NFS or Lustre, threads read those that come next: see ahead.py.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import heapq
 import os
 import stat
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sharding import faults
 from sharding.errors import InputError
 from sharding.faults import Odd, quote
+from sharding.folder.ahead import Ahead, Folder, Parents, Part, Unopened
 from sharding.messages import argument, explain
 
 if TYPE_CHECKING:
     from sharding.scan import FolderScan, Scan
 
-Parents = tuple[str, ...]  # the real path of each
-
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process, not faults of a name
 NAMES_AT_ONCE = 4_096
 SLOW_OPEN = 0.0005  # seconds; a local disk takes a twentieth of that to open a folder
 SLOW_FOLDERS = 3  # so many more slow folders than fast ones, and threads read ahead
-THREADS, AHEAD = 16, 16 * NAMES_AT_ONCE  # names and folders that are read ahead: some 10 MB
 
 
-class _Folder:
-    """A folder that is to be listed."""
-
-    __slots__ = ("above", "linked", "parts", "place", "prefix")
-
-    def __init__(self, prefix: str, linked: bool, above: Parents, place: tuple[int, ...]) -> None:
-        self.prefix = prefix  # "" or "cats/"
-        self.linked = linked  # its path may lead elsewhere
-        self.above = above
-        self.place = place  # in the order of the listing
-        self.parts: SimpleQueue[_Part | _Unopened | Exception | None] | None = None  # once begun
-
-
-class _Part(NamedTuple):
-    """Some of what a folder holds."""
-
-    names: list[str]  # of files
-    folders: list[_Folder]
-    odd: list[tuple[str, Odd]]  # names of what is neither
-
-    def weight(self) -> int:
-        """Return what it takes of AHEAD."""
-        return 1 + len(self.names) + len(self.folders)
-
-
-_OPENED = _Part([], [], [])
-
-
-class _Unopened(NamedTuple):
-    """A folder that cannot be listed, and why."""
-
-    odd: Odd
-    gone: bool = False  # its name was listed, but nothing is there
-    folders: tuple[_Folder, ...] = ()
-
-    def weight(self) -> int:
-        """Return what it takes of AHEAD."""
-        return 1
+_OPENED = Part([], [], [])
 
 
 def list_files(scan: Scan) -> None:
@@ -102,16 +60,16 @@ class _Walk:
 
     def __init__(self, scan: Scan) -> None:
         self.scan = scan
-        self.left = [_Folder("", True, (), ())]
+        self.left = [Folder("", True, (), ())]
         self.vanished: dict[str, dict[str, Odd]] = defaultdict(dict)  # folders, by their parent
         self.slow = 0  # folders that were slow to open, less those that were not
-        self.ahead: _Ahead | None = None
+        self.ahead: Ahead | None = None
 
-    def list_folder(self, folder: _Folder) -> None:
+    def list_folder(self, folder: Folder) -> None:
         """Hand what a folder holds to the scan; add the folders within it to what is left."""
         into: FolderScan | None = None
         for part in self.parts(folder):
-            if isinstance(part, _Unopened):
+            if isinstance(part, Unopened):
                 if part.gone:
                     parent, _, name = folder.prefix[:-1].rpartition("/")
                     self.vanished[f"{parent}/" if parent else ""][name] = part.odd
@@ -127,7 +85,7 @@ class _Walk:
         if into:
             into.close(functools.partial(_may_read, self.scan.source))
 
-    def parts(self, folder: _Folder) -> Iterator[_Part | _Unopened]:
+    def parts(self, folder: Folder) -> Iterator[Part | Unopened]:
         """Yield what `_read` does; find out whether folders should be read ahead."""
         if self.ahead:
             yield from self.ahead.parts(folder)
@@ -139,108 +97,10 @@ class _Walk:
         self.slow = max(0, self.slow + (1 if is_slow else -1))
         yield from parts
         if self.slow == SLOW_FOLDERS:
-            self.ahead = _Ahead(self.scan.source, self.left)
+            self.ahead = Ahead(functools.partial(_read, self.scan.source), self.left)
 
 
-class _Ahead:
-    """Threads that read folders ahead, in the order in which they will be asked for."""
-
-    def __init__(self, source: str, folders: Iterable[_Folder]) -> None:
-        self.source = source
-        self.changed = threading.Condition()
-        self.left: list[tuple[tuple[int, ...], _Folder]] = []  # a heap
-        self.held = 0  # of AHEAD
-        self.wanted: _Folder | None = None
-        self.stalled: set[_Folder] = set()  # those whose threads wait for room
-        self.stopped = False
-        self.add(folders)
-        # They end with the process, even where a mount has died and they wait for ever.
-        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
-        for thread in self.threads:
-            thread.start()
-
-    def add(self, folders: Iterable[_Folder]) -> None:
-        """Take folders that were found."""
-        with self.changed:
-            for folder in folders:
-                heapq.heappush(self.left, (folder.place, folder))
-                self.changed.notify()
-
-    def parts(self, folder: _Folder) -> Iterator[_Part | _Unopened]:
-        """Yield what a folder holds, which is read now if no thread has begun to."""
-        with self.changed:
-            self.wanted, begun = folder, folder.parts is not None
-            parts = folder.parts = folder.parts or SimpleQueue()
-        if not begun:
-            for part in _read(self.source, folder):
-                self.add(part.folders)
-                yield part
-            return
-        weight = 0
-        while True:
-            with self.changed:
-                self.held -= weight
-                self.changed.notify()
-                if folder in self.stalled and parts.empty():
-                    self.changed.notify_all()
-            found = parts.get()
-            if found is None:
-                return
-            if isinstance(found, Exception):
-                raise found
-            weight = found.weight()
-            yield found
-
-    def _work(self) -> None:
-        """Read one folder after the other."""
-        while (folder := self._next()) and (parts := folder.parts):
-            try:
-                for part in _read(self.source, folder):
-                    self.add(part.folders)
-                    self._hold(folder, part.weight())
-                    parts.put(part)
-                parts.put(None)
-            except Exception as error:  # whoever asks for the folder gets it
-                parts.put(error)
-
-    def _next(self) -> _Folder | None:
-        """Wait for the next folder to read; None if there will be none."""
-        with self.changed:
-            while True:
-                self.changed.wait_for(lambda: self.stopped or (self.left and self.held < AHEAD))
-                if self.stopped:
-                    return None
-                _, folder = heapq.heappop(self.left)
-                if not folder.parts:
-                    folder.parts = SimpleQueue()
-                    return folder
-
-    def _hold(self, folder: _Folder, weight: int) -> None:
-        """Wait until there is room for more of a folder, or somebody has to wait for it."""
-
-        def may_go_on() -> bool:
-            starving = self.wanted is folder and bool(folder.parts and folder.parts.empty())
-            return self.stopped or self.held < AHEAD or starving
-
-        with self.changed:
-            self.stalled.add(folder)
-            self.changed.wait_for(may_go_on)
-            self.stalled.discard(folder)
-            self.held += weight
-
-    def stop(self) -> None:
-        """Let the threads end."""
-        with self.changed:
-            self.stopped = True
-            self.changed.notify_all()
-
-    def join(self) -> None:
-        """Wait until they have."""
-        for thread in self.threads:
-            thread.join()
-
-
-def _read(source: str, folder: _Folder) -> Iterator[_Part | _Unopened]:
+def _read(source: str, folder: Folder) -> Iterator[Part | Unopened]:
     """Yield what a folder holds: first an empty part, once it is open.
 
     Links alone make circles, and paths alone tell: on some mounts inode numbers change.
@@ -252,14 +112,14 @@ def _read(source: str, folder: _Folder) -> Iterator[_Part | _Unopened]:
     last = name.rpartition("/")[2]
     real = os.path.realpath(path) if folder.linked else os.path.join(above[-1], last)
     if real in above:
-        yield _Unopened(Odd(name, faults.CIRCLE, ""))
+        yield Unopened(Odd(name, faults.CIRCLE, ""))
         return
     try:
         entries = os.scandir(path)
     except OSError as error:
         if not name or error.errno in SHORTAGES:
             raise _cannot_list(error) from None
-        yield _Unopened(_odd(name, error), isinstance(error, FileNotFoundError) and _is_gone(path))
+        yield Unopened(_odd(name, error), isinstance(error, FileNotFoundError) and _is_gone(path))
         return
     yield _OPENED
     try:
@@ -270,11 +130,11 @@ def _read(source: str, folder: _Folder) -> Iterator[_Part | _Unopened]:
 
 
 def _look(
-    folder: _Folder, path: str, entries: Iterable[os.DirEntry[str]], parents: Parents
-) -> Iterator[_Part]:
+    folder: Folder, path: str, entries: Iterable[os.DirEntry[str]], parents: Parents
+) -> Iterator[Part]:
     """Yield what the entries of a folder are."""
     prefix, number = folder.prefix, 0
-    names, folders, odd = list[str](), list[_Folder](), list[tuple[str, Odd]]()
+    names, folders, odd = list[str](), list[Folder](), list[tuple[str, Odd]]()
     vanished: dict[str, Odd] = {}
     for entry in entries:  # this loop sees each file of a dataset
         name = entry.name
@@ -296,19 +156,19 @@ def _look(
             if stat.S_ISDIR(found):
                 number -= 1  # the last folder is the next to be listed
                 place = (*folder.place, number)
-                folders.append(_Folder(f"{prefix}{name}/", entry.is_symlink(), parents, place))
+                folders.append(Folder(f"{prefix}{name}/", entry.is_symlink(), parents, place))
                 continue
             if not stat.S_ISREG(found):
                 odd.append((name, _odd(prefix + name)))
                 continue
         names.append(name)
         if len(names) == NAMES_AT_ONCE:
-            yield _Part(names, folders, odd)
+            yield Part(names, folders, odd)
             names, folders, odd = [], [], []
-    yield _Part(names, folders, odd)
+    yield Part(names, folders, odd)
     if vanished:
         there = _still_listed(path, vanished)
-        yield _Part([], [], [(name, vanished[name]) for name in there])
+        yield Part([], [], [(name, vanished[name]) for name in there])
 
 
 def _cannot_list(error: OSError) -> InputError:
