@@ -71,7 +71,7 @@ def read_table(path):
         header = table.partition("\n")[0]
         return list(csv.DictReader(io.StringIO(table), delimiter=max(",;\t", key=header.count)))
     except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path!r} is no table in UTF-8: {error}") from None
+        raise ValueError(f"{path!r} is not a UTF-8 table: {error}") from None
 
 
 def choose(there, names):
@@ -139,6 +139,8 @@ def run(args):
     """Do what the flags say."""
     if os.path.lexists(args.links) and (not os.path.isdir(args.links) or os.listdir(args.links)):
         raise ValueError(f"{args.links!r} is there already; choose another place, or remove it")
+    if os.path.isfile(args.pictures):
+        raise ValueError(f"{args.pictures!r} is not a folder: the pictures come first")
     for folder in (args.pictures, args.captions):
         if not os.path.exists(folder):
             raise ValueError(f"{folder!r} does not exist")

@@ -1,7 +1,7 @@
-"""Train on the demo's shards, in ten lines: how many words has the text of a picture?
+"""Train on the demo's shards, in ten lines: predict how many words a picture's text has.
 
 In the folder of the project: pip install torch, then PYTHONPATH=. python examples/train_short.py.
-A stopped training begins again; train.py goes on where it was.
+A stopped training begins again; train.py resumes where it stopped.
 """
 
 import torch

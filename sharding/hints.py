@@ -18,6 +18,7 @@ from sharding.messages import argument
 from sharding.samples import Fields, Sample, judge
 
 PICTURES = frozenset(("bmp", "gif", "heic", "heif", "jpeg", "jpg", "png", "tif", "tiff", "webp"))
+LINK_PAIRS = "python examples/link_pairs.py PICTURES CAPTIONS LINKS puts links side by side"
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 TEXTS = ("txt", "text", "caption", "captions", "cap", "prompt", "json", "cls")  # likely ones first
 MAX_STEMS = 50_000  # that are kept; of more, a part stands for all
@@ -98,7 +99,7 @@ def table(ignored: Mapping[str, int]) -> str:
         ignored: how many files are no part of a sample, by extension: ".csv".
     """
     for extension in filter(ignored.get, TABLES):
-        return f"; is the rest in a {extension}? examples/link_pairs.py pairs its rows with files"
+        return f"; captions in the {extension}? {LINK_PAIRS}"
     return ""
 
 
@@ -152,8 +153,7 @@ def _apart(fields: Fields, loose: Loose) -> str:
             pair = sorted(f"{stem}.{loose.stems[stem][0]}" for stem in groups[min(whole)])
             names = " and ".join(map(quote, pair[:2]))
             also = "" if required is fields.required else _other_fields(fields, kinds, loose)
-            cure = "put them into one, as examples/link_pairs.py does with links"
-            return f"; {names} are in different folders: {cure}{also}"
+            return f"; {names} are in different folders: {LINK_PAIRS}{also}"
     return ""
 
 

@@ -337,9 +337,8 @@ class MakeTuples:
         else:
             if entry in self.optional:
                 return None
-            raise PackError(
-                f"{_name(sample)} has no field {entry!r}; see fields= and optional_fields="
-            )
+            there = ", ".join(name for name in sample if not name.startswith("__"))
+            raise PackError(f"{_name(sample)} has no field {entry!r}, but {there}: see fields=")
         data = sample[field]
         if isinstance(data, Later):
             data = data.read()

@@ -130,6 +130,8 @@ def not_packed(plan: Plan, missing: Sequence[int]) -> PackError:
     cure = f"{plan.again} to pack just these"
     if plan.driver is None:
         cure = "pack them with create_webdataset.py --run DIR --shard-id I, then publish"
+    elif plan.transform:
+        cure += f"; if {plan.transform.name} is at fault, mend it and add {argument('replace')}"
     shards = count(len(missing), "shard")
     return PackError(f"not packed: {shards} ({first}); nothing was published; {cure}")
 

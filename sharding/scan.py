@@ -169,7 +169,8 @@ class Scan:
                     rest, self.fields, self.loose, self.samples()
                 ):
                     cure += f", or {argument('optional_fields')} {rest}"
-            cure += f"; {argument('skip_bad')} drops them"
+            if self.keys:
+                cure += f"; {argument('skip_bad')} drops them"
             lines.append(f"{where} has {kind.what}: {tally.number:,} ({first}); {cure}")
         if lines and not self.skip_bad:
             raise InputError("\n".join(lines))

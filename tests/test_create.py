@@ -83,7 +83,7 @@ REFUSED = [
     (
         files(*(f"{n}.{field}" for n in range(6) for field in ("jpeg", "txt"))),
         [],
-        r"6 .'0.txt' has no .jpg, .*; .jpeg files are there .6.: --fields .jpeg,txt.[?];",
+        r"6 .'0.txt' has no .jpg, .*; .jpeg files are there .6.: --fields .jpeg,txt.[?]",
     ),
     (
         files("a.jpg", "a.txt", "b.jpeg", "b.txt", "c.heic", "c.txt", "d.png", "d.caption"),

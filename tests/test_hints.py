@@ -124,7 +124,7 @@ def test_pictures_and_captions_apart(pair, many: bool, tmp_path: Path, monkeypat
     source = touch(tmp_path / "source", *(one.format(n) for n in range(300) for one in pair))
     said = hint_of(source)
     example = re.search(
-        r"; ('[^']*/(\d+)\.[a-z]+') and ('[^']*/(\d+)\.[a-z]+') are in different folders: put", said
+        r"; ('[^']*/(\d+)\.[a-z]+') and ('[^']*/(\d+)\.[a-z]+') are in different folders: py", said
     )
     assert example and example[2] == example[4] and "jpg;txt" not in said, said
     assert ('fields "png,caption"?' in said) == (pair[0].endswith("png")), said
