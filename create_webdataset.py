@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sharding.command import (
+    OUTPUT,
     Parser,
     ProgressBar,
     add_source_arguments,
@@ -85,7 +86,7 @@ def build_parser() -> Parser:
     parser = Parser(USAGE, "Pack one shard (or every K-th) of a folder of samples.", EXAMPLES)
     add_source_arguments(parser)
     add = parser.add_argument_group("the shards").add_argument
-    add("--output", metavar="DIR", help="folder (made if missing) or s3:// URL for the shards")
+    add("--output", metavar="DIR", help=OUTPUT)
     add("--shard-id", metavar="I", type=int, help="the shard to pack, from 0")
     number = number_from(1, MAX_SHARDS)
     add("--total-shards", metavar="N", type=number, help="--num-shards of the drivers")

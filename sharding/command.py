@@ -23,8 +23,9 @@ from sharding.run import can_catch
 from sharding.samples import Listing
 from sharding.shards import MAX_SHARDS, Shard
 from sharding.stages import show_stages
-from sharding.urls import refuse_url
+from sharding.urls import OUTPUT_URL, URL, is_url, refuse_url
 
+OUTPUT = f"folder (made if missing) or {OUTPUT_URL} for the shards"  # help for --output
 NUM_WORKERS = 4  # of a driver, by default
 Main = Callable[..., int]  # of a command line; without arguments, it takes those of the process
 _PROJECT = Path(__file__).resolve().parent.parent
@@ -72,7 +73,7 @@ def refuse_others(parser: Parser, args: argparse.Namespace, first: str, *more: s
 def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the source") -> None:
     """Add the flags that say what a source is, and mean the same in every script."""
     add = parser.add_argument_group(title).add_argument
-    add("--source", metavar="DIR", help="folder or s3:// URL of the raw files, listed recursively")
+    add("--source", metavar="DIR", help=f"folder or {URL} of the raw files, listed recursively")
     what = "a sample's files (default: %(default)s); A;B for one of two"
     add("--fields", metavar="A,B", default="jpg,txt", help=what)
     add("--optional-fields", metavar="A,B", default="", help="files that a sample may lack")
@@ -90,6 +91,8 @@ def list_source(args: argparse.Namespace, report: Report | None = None) -> Listi
     names = ("fields", "optional_fields", "replace_dots", "skip_bad", "shuffle", "transform")
     flags = {name: getattr(args, name) for name in names}
     refuse_url("report", args.report or "")
+    if not report:
+        is_url(args.output or "", "output")  # a listing may take long
     own = None if report else open_report(args.report, args.source, args.output)
     with own or contextlib.nullcontext(report) as report:
         return list_samples(args.source, **flags, report=report)
@@ -103,8 +106,7 @@ def driver_parser(command: str, purpose: str, example: str = "") -> argparse.Arg
     parser = Parser(f"{command} [options]", f"{purpose}\n{where}", examples)
     add_source_arguments(parser)
     add = parser.add_argument_group("the output").add_argument
-    what = "folder (made if missing) or s3:// URL for the shards"
-    add("--output", metavar="DIR", help=what)
+    add("--output", metavar="DIR", help=OUTPUT)
     what = "take over an interrupted run in a bucket or of an array job"
     add("--resume", action="store_true", help=what)
     what = "pack afresh; discard what an interrupted run has finished"

@@ -1,4 +1,4 @@
-"""Which paths are URLs; no other module looks for "://" in a path."""
+"""Which paths are URLs, and of which stores; no other module looks for "://" in a path."""
 
 from __future__ import annotations
 
@@ -8,26 +8,66 @@ import re
 from sharding.errors import InputError
 from sharding.messages import argument
 
+SCHEMES = ("s3", "az", "gs")  # bucket/schemes.py has a class for each
+WRITABLE = SCHEMES[:2]
+# How help and messages name those that can be read, and those that can be written to.
+URL, OUTPUT_URL = (f"URL ({', '.join(f'{s}://' for s in some)})" for some in (SCHEMES, WRITABLE))
+
 _URL = re.compile("([A-Za-z][A-Za-z0-9+.-]*)://")
+_AZURE_HOST = r"([a-z0-9]+)[.](?:blob|dfs)[.]core[.]windows[.]net"
+# What others call a place in a store that is supported -> how it is written here.
+_OTHER_NAMES = {
+    rf"https?://{_AZURE_HOST}/([^/?]+)(/[^?]*)?.*": (
+        r"az://\2\3, and set AZURE_STORAGE_ACCOUNT_NAME=\1"
+    ),
+    rf"(?:abfss?|wasbs?)://([^/@]+)@{_AZURE_HOST}(/.*)?": (
+        r"az://\1\3, and set AZURE_STORAGE_ACCOUNT_NAME=\2"
+    ),
+    r"(?:abfss?|adl|azure)://([^@]*)": r"az://\1",
+    r"gcs://(.*)": r"gs://\1",
+    r"https://storage[.](?:googleapis|cloud[.]google)[.]com/([^?]+).*": r"gs://\1",
+    r"s3[an]://(.*)": r"s3://\1",
+}
 
 
 def is_url(path: str | os.PathLike[str], name: str = "") -> bool:
     """Tell whether a path is a URL of a bucket.
 
     Args:
-        name: of the argument that gave it, for the error.
+        name: of the argument that gave it, for the error, and since not all can be written to.
 
     Raises:
         InputError: it is another URL; it would become a folder of that name.
     """
-    scheme = _URL.match(os.fspath(path))
+    text = os.fspath(path)
+    found = _URL.match(text)
     which = f"{argument(name)} " if name else ""
-    if not scheme and os.fspath(path).startswith("s3:/"):
-        raise InputError(f"{which}{path!r}: give s3://BUCKET/KEY, with two slashes")
-    if scheme and scheme[1] != "s3":
-        cure = "give a folder or s3://BUCKET/KEY"
-        raise InputError(f"{which}{path!r}: such URLs are not supported; {cure}")
-    return bool(scheme)
+    if not found:
+        short = next((scheme for scheme in SCHEMES if text.startswith(f"{scheme}:/")), None)
+        if short:
+            raise InputError(f"{which}{text!r}: give {short}://BUCKET/KEY, with two slashes")
+        return False
+    if found[1] not in SCHEMES:
+        cure = next(filter(None, map(_other_name, _OTHER_NAMES, [text] * len(_OTHER_NAMES))), "")
+        cure = cure or f"give a folder or a {OUTPUT_URL if name == 'output' else URL}"
+        raise InputError(f"{which}{_public(text)!r}: such URLs are not supported; {cure}")
+    if name == "output" and found[1] not in WRITABLE:
+        raise InputError(
+            f"{which}{text!r}: {found[1]}:// is only read here: no server that can be tested has "
+            "the conditional writes that keep two runs apart; pack into a folder, and copy that"
+        )
+    return True
+
+
+def _other_name(pattern: str, text: str) -> str:
+    """Return what to give in place of a URL that others know, if this pattern is of it."""
+    match = re.fullmatch(pattern, text, re.DOTALL)
+    return f"give {match.expand(_OTHER_NAMES[pattern])}" if match else ""
+
+
+def _public(url: str) -> str:
+    """Return a URL without its query, which may be a secret: Azure's tokens stand there."""
+    return url.partition("?")[0]
 
 
 def canonical(path: str | os.PathLike[str]) -> str:

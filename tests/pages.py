@@ -26,7 +26,7 @@ REQUIREMENTS = ["requirements.txt", "requirements-dev.txt"]
 LEFT_OUT = {
     r"git clone ": "the project is here",
     r"export AWS_": "the tests have keys of their own",
-    r"aws ": "a program that is not the project's",
+    r"(aws|gcloud) ": "a program that is not the project's",
     r"export RAY_AUTH_MODE=token && ": "starts a cluster on several machines",
     r"ray start ": "starts a cluster on several machines",
     r".*python create_with_ray.py --address ": "test_cluster.py runs it",

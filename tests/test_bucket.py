@@ -370,7 +370,7 @@ def test_urls_that_name_nothing(url: str, capsys) -> None:
     assert err.count("\n") == 1 and ("names no bucket" in err or "a key can have no empty" in err)
 
 
-@pytest.mark.parametrize("url", ["gs://b/x", "az://b/x", "https://b/x", "file:///x", "S3://b/x"])
+@pytest.mark.parametrize("url", ["hf://b/x", "AZ://b/x", "https://b/x", "file:///x", "S3://b/x"])
 def test_other_schemes_are_refused(url: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert read(["--path", url]) == 2

@@ -107,7 +107,8 @@ def test_buckets(tmp_path: Path, bucket: Bucket) -> None:
     project = make_project(tmp_path / "wds-example")
     run("./make_dummy_data.sh", project)
     bucket.upload(project / "source_data", "raw/")
-    assert run_page(PAGES["buckets.md"], project, {"s3://photos": bucket.url}) == 4
+    urls = dict.fromkeys(("s3://photos", "gs://photos"), bucket.url)
+    assert run_page(PAGES["buckets.md"], project, urls) == 5
 
 
 def test_cluster(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from sharding.bucket.dataset import PLAN, objects_at
-from sharding.bucket.store import connect, quoted, saying, split, version_of
+from sharding.bucket.schemes import Scheme, scheme_of
+from sharding.bucket.store import connect, delete, quoted, saying, split, version_of
 from sharding.bucket.streams import Ranges
 from sharding.errors import InputError, PackError
 from sharding.plan import Plan, load_plan, no_run
@@ -69,14 +70,15 @@ def probe(path: str) -> None:
     output, run = split_run(path)
     bucket, key = split(f"{output}/{PROBE}{run}")
     store = connect(bucket, patient=False)
+    scheme = scheme_of(output)
     with saying(output, InputError):
         try:
-            lack = _find_lack(store, key, run)
+            lack = _find_lack(scheme, store, key, run)
         finally:
-            with contextlib.suppress(BaseError, FileNotFoundError, PermissionError):
-                obstore.delete(store, [key])
+            with contextlib.suppress(PackError):
+                delete(output, key)
         if not lack and _look(store, key):
-            lack = "deletes nothing (do the credentials allow s3:DeleteObject?)"
+            lack = f"deletes nothing (do the credentials allow {scheme.deleting}?)"
     if lack:
         raise InputError(
             f"{output!r}: this store {lack}, so no run is safe there; "
@@ -92,7 +94,7 @@ def claim(path: str, data: bytes) -> None:
         if not _put_if(store, key, run, data):
             raise PackError(f"{output!r}: another run has just begun there")
         if any(map(SHARD_PATTERN.fullmatch, objects_at(output))):  # published meanwhile
-            obstore.delete(store, key)
+            delete(output, key)
             raise PackError(f"{output!r}: another run has just published there")
 
 
@@ -100,8 +102,9 @@ def swap(path: str, data: bytes, etag: str | None) -> bool:
     """Replace the plan by data of a run if it still has this etag; tell whether it had."""
     output, run = split_run(path)
     store, key = locate(output, PLAN)
+    spellings = scheme_of(output).spellings(etag or "")
     with saying(output):
-        return bool(etag and _put_if(store, key, run, data, *_spellings(etag)))
+        return bool(etag and _put_if(store, key, run, data, *spellings))
 
 
 @functools.lru_cache(maxsize=4)
@@ -174,10 +177,6 @@ def _put_if(store: Any, key: str, run: str, data: bytes, *etags: str) -> str | N
     return None
 
 
-def _spellings(etag: str) -> tuple[str, str]:
-    return etag, etag.strip('"')
-
-
 def _look(store: Any, key: str) -> Any:
     """Return what stands at a key, if anything does."""
     try:
@@ -186,7 +185,7 @@ def _look(store: Any, key: str) -> Any:
         return None
 
 
-def _find_lack(store: Any, key: str, run: str) -> str | None:
+def _find_lack(scheme: Scheme, store: Any, key: str, run: str) -> str | None:
     """Return what a store does not do of that which runs need."""
     condition = "If-None-Match"
     try:
@@ -196,7 +195,7 @@ def _find_lack(store: Any, key: str, run: str) -> str | None:
         if _put_if(store, key, run, b"not the first"):
             return f"ignores conditional writes ({condition})"
         condition = "If-Match"
-        for etag in _spellings(first):
+        for etag in scheme.spellings(first):
             if _put_if(store, key, run, b"second", etag):
                 break
         else:
@@ -209,7 +208,7 @@ def _find_lack(store: Any, key: str, run: str) -> str | None:
         return f"refuses conditional writes ({condition})"
     found = obstore.get(store, key, options={"head": True})
     if found.attributes.get("run") != run:
-        return "drops metadata (x-amz-meta-run)"
+        return f"drops metadata ({scheme.metadata})"
     # What follows the name without its last letter is that name, usually.
     pages = obstore.list(store, os.path.dirname(key) or None, offset=key[:-1], chunk_size=1)
     listed = next((item for page in pages for item in page if item["path"] == key), None)

@@ -1,6 +1,6 @@
 """What only a bucket does: find the shards of a dataset, and open them. See `places.Dataset`.
 
-A path is "s3://bucket/prefix". Writing is in bucket_run.py.
+Writing is in run.py.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from sharding.bucket.claim import (
     swap,
 )
 from sharding.bucket.dataset import PLAN, UNFINISHED, objects_at
-from sharding.bucket.store import check_bucket, saying, version_of
+from sharding.bucket.store import check_bucket, delete, saying, version_of
 from sharding.bucket.streams import Upload
 from sharding.errors import AlreadyDone, InputError, PackError
 from sharding.messages import argument, count, warn
@@ -134,8 +134,7 @@ def begin(
         if not swap(path, stream.getvalue(), etag):
             raise PackError(f"{output!r}: another run has just taken it over")
         if replace and (records := _all_records(output)):
-            with saying(output):
-                obstore.delete(locate(output, PACKED)[0], records)
+            delete(output, records)
     else:
         if any(map(SHARD_PATTERN.fullmatch, found)):
             nothing = "nothing to resume: " if resume else ""
@@ -206,7 +205,12 @@ def new_shard(path: str, shard_id: int) -> Iterator[NewShard]:
         with contextlib.suppress(Exception):  # the first error is the one to report
             upload.writer.__exit__(type(error), error, None)
         raise
-    item = upload.complete()
+    try:
+        item = upload.complete()
+    except PackError:
+        if of_run:
+            check_own(path)  # was it taken over? then that is the error
+        raise
     new.path, new.size = url, upload.size
     if of_run:
         check_own(path)
@@ -244,7 +248,7 @@ def find_left(path: str, shard_id: int, stamp: Callable[[], str]) -> Left | None
                     name = f"{shard_id}-{record.version}-{made_of}-{run}-kept"
                     obstore.put(store, f"{_records_of(path)[1]}/{name}", b"")
             else:
-                obstore.delete(store, record.key)
+                delete(output, record.key)
     return left
 
 
@@ -309,17 +313,16 @@ def finish_cut(path: str) -> bool:
     mark, _ = read_claim(output)
     if not isinstance(mark, Mark):
         return False
-    store, _ = locate(output, PACKED)
     with saying(output):
         found = objects_at(output)
         # Of a run into more shards, and of runs that were killed while they tried the store.
         names = [*beyond(found, mark.total_shards), *(n for n in found if n.startswith(PROBE))]
         left = [*_all_records(output), *(locate(output, name)[1] for name in names)]
         if left:
-            obstore.delete(store, left)
+            delete(output, left)
         still = sorted(set(names).intersection(objects_at(output))) if names else []
         if not still:
-            obstore.delete(store, locate(output, PLAN)[1])
+            delete(output, locate(output, PLAN)[1])
             still = [PLAN] if read_claim(output)[0] else []
     if still:
         raise PackError(

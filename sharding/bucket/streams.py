@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import obstore
 
+from sharding.bucket.schemes import scheme_of
 from sharding.bucket.store import connect, insist, quoted, saying, split
 from sharding.errors import PackError
 from sharding.shards import REPLACED
@@ -182,5 +183,6 @@ class Upload(io.RawIOBase):
             return found.meta
         why = "another run has replaced it; run again with --resume"
         if None in given.values():
-            why = "another program has replaced it, or the store drops metadata (x-amz-meta-run)"
+            what = f"the store drops metadata ({scheme_of(self.url).metadata})"
+            why = f"another program has replaced it, or {what}"
         raise lost or PackError(f"{self.url!r}: {why}")
