@@ -253,6 +253,23 @@ def test_what_stores_say(url: str, text: str, cure: str) -> None:
         raise exceptions.GenericError(f"Generic X error: {text}\nDebug: secret")
 
 
+@pytest.mark.parametrize(
+    ("kind", "cure"),
+    [
+        (exceptions.PermissionDeniedError, "x': the store says 403; set AWS_ACCESS_KEY_ID"),
+        (exceptions.UnauthenticatedError, "x': the store says 401; set AWS_ACCESS_KEY_ID"),
+        (exceptions.PreconditionError, "x': the store says 412$"),
+        (exceptions.AlreadyExistsError, "x': the store says 409$"),
+        (FileNotFoundError, "x': there is no such object$"),
+        (exceptions.InvalidPathError, "x': a key has an empty part, "),
+    ],
+)
+def test_classes_of_errors_need_no_words(kind: type[Exception], cure: str) -> None:
+    """Whatever obstore's text is, or becomes."""
+    with pytest.raises(PackError, match=cure), store.saying("s3://bucket/x"):
+        raise kind("other words: 500")
+
+
 def test_a_mistyped_url_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_pairs(tmp_path / "source", 2)
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
 from sharding.bucket.dataset import PLAN, objects_at
 from sharding.bucket.schemes import Scheme, scheme_of
-from sharding.bucket.store import connect, delete, quoted, saying, split, version_of
+from sharding.bucket.store import connect, delete, quoted, saying, split, status_of, version_of
 from sharding.bucket.streams import Ranges
 from sharding.errors import InputError, PackError
 from sharding.plan import Plan, load_plan, no_run
@@ -203,7 +203,7 @@ def _find_lack(scheme: Scheme, store: Any, key: str, run: str) -> str | None:
         if _put_if(store, key, run, b"not the second", etag):
             return f"ignores conditional writes ({condition})"
     except BaseError as error:
-        if not re.search("status code: (400|405|501)", str(error)):
+        if status_of(error) not in ("400", "405", "501"):
             raise
         return f"refuses conditional writes ({condition})"
     found = obstore.get(store, key, options={"head": True})

@@ -19,7 +19,14 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    InvalidPathError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 
 from sharding.bucket.schemes import NO_OBJECT, Scheme, Store, scheme_of
 from sharding.errors import InputError, PackError, StopRun
@@ -28,6 +35,14 @@ from sharding.shards import REPLACED
 T = TypeVar("T")
 # Seconds: for a request with its body, for its retries, and for each of the two in a first probe.
 REQUEST_TIME, RETRY_TIME, PROBE_TIME = 60, 120, 20
+# obstore's own classes for some of the answers.
+_STATUS: dict[type[Exception], str] = {
+    UnauthenticatedError: "401",
+    PermissionDeniedError: "403",
+    FileNotFoundError: "404",
+    AlreadyExistsError: "409",
+    PreconditionError: "412",
+}
 _used_by: int | None = None  # id of the process that was first to use a store
 
 
@@ -120,32 +135,40 @@ def insist(url: str, call: Callable[[], T]) -> T:
 
 
 def _reason(scheme: Scheme, error: BaseException) -> tuple[str, bool]:
-    """Return what an error of obstore's means, and whether the store gave no answer."""
+    """Return what an error of obstore's means, and whether the store gave no answer.
+
+    Its class tells, where there is one for that. Much has none: a listing raises GenericError
+    whatever the status, a writer OSError, and the code in the body of an answer, which alone tells
+    a wrong key from a wrong secret, stands in the text and nowhere else. So the rest is read there.
+    """
     text = str(error)
-    code = re.search("<Code>(\\w+)</Code>", text)
-    found = re.search(r"status code: (\d+)", text)
-    status = found[1] if found else ""
+    if isinstance(error, InvalidPathError):
+        key = re.search('ath "([^"]*)"', text)
+        which = f"the key {key[1]!r}" if key else "a key"
+        return f"{which} has an empty part, '.', '..' or a control character; rename it", False
     if "169.254.169.254" in text or "CredentialsError" in text:
         return f"no credentials; {scheme.credentials}", False
     if "token request" in text:
         return f"no token is given for the credentials; {scheme.credentials}", False
-    if code:
+    status = status_of(error)
+    if code := re.search("<Code>(\\w+)</Code>", text):
         return scheme.cures.get(code[1], f"the store says {code[1]}"), status[:1] == "5"
-    if isinstance(error, FileNotFoundError) or status == "404":  # a writer's error has no class
-        return NO_OBJECT, False
-    if status == "416":
-        return REPLACED, False
+    if status in ("404", "416"):
+        return NO_OBJECT if status == "404" else REPLACED, False
     if status or "HTTP error" in text or "error sending request" in text:
         return _blame(scheme, text, status), status[:1] in ("", "5")
-    if "invalid path" in text or "arsing path" in text or "empty path segment" in text:
-        key = re.search('ath "([^"]*)"', text)
-        which = f"the key {key[1]!r}" if key else "a key"
-        return f"{which} has an empty part, '.', '..' or a control character; rename it", False
     if "non-partial response" in text:
         return "the store ignores ranges of an object", False
     words = next((words for words in scheme.cures if " " in words and words in text), None)
     own = re.split(r"[\n:]", re.sub("^Generic \\w+ error: ", "", text))[0]
     return scheme.cures[words] if words else own, False
+
+
+def status_of(error: BaseException) -> str:
+    """Return the status of the answer that an error is about; "" if there was none."""
+    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), "")
+    found = None if status else re.search(r"status code: (\d+)", str(error))
+    return found[1] if found else status
 
 
 def _blame(scheme: Scheme, text: str, status: str) -> str:
@@ -157,7 +180,8 @@ def _blame(scheme: Scheme, text: str, status: str) -> str:
     if status in ("301", "400") and scheme.misplaced:
         return f"{which} says {status}; {scheme.misplaced}"
     if status:
-        return f"{which} says {status}" + (f"; {scheme.credentials}" if status == "403" else "")
+        cure = f"; {scheme.credentials}" if status in ("401", "403") else ""
+        return f"{which} says {status}{cure}"
     if not proxy:
         return f"{store} does not answer; check {scheme.check} and the network"
     fails = f"does not connect to {store}" if "TunnelUnsuccessful" in text else "does not answer"
