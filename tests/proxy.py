@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import http.client
+import os
 import re
+import struct
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socket import SO_LINGER, SOL_SOCKET
 from typing import NamedTuple
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -38,7 +41,11 @@ class Lost(NamedTuple):
     """The server does what it is asked, but its answer is lost."""
 
 
-Lie = Callable[[Request], "Answer | Lost | None"]
+class Reset(NamedTuple):
+    """The connection breaks, and the server never hears of the request."""
+
+
+Lie = Callable[[Request], "Answer | Lost | Reset | None"]
 
 
 def start_proxy(server: str, secret: str, lie: Lie) -> str:
@@ -62,6 +69,11 @@ def start_proxy(server: str, secret: str, lie: Lie) -> str:
             said = lie(request)
             if isinstance(said, Answer):
                 self.answer(said)
+                return
+            if isinstance(said, Reset):
+                self.connection.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
+                os.close(self.connection.detach())
+                self.close_connection = True
                 return
             if request.headers != headers:
                 sign(request, secret)
@@ -178,7 +190,7 @@ def once(lie: Lie) -> Lie:
     """Lie about each request once, and not about another attempt."""
     seen: set[tuple[str, str, bytes]] = set()
 
-    def first(request: Request) -> Answer | Lost | None:
+    def first(request: Request) -> Answer | Lost | Reset | None:
         what = request.method, request.path, request.body
         if what in seen:
             return None

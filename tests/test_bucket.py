@@ -14,7 +14,19 @@ from urllib.parse import urlsplit
 
 import obstore
 import pytest
-from conftest import DRIVERS, KEYS, ROOT, Bucket, run_script, slow_proxy, write_pairs
+from conftest import (
+    DRIVERS,
+    ENDPOINT,
+    KEYS,
+    ROOT,
+    Bucket,
+    of_s3,
+    of_seaweedfs,
+    run_script,
+    slow_proxy,
+    through_proxies,
+    write_pairs,
+)
 from proxy import Answer, start_proxy
 
 from create_webdataset import create_webdataset
@@ -155,7 +167,7 @@ def test_a_replaced_object_is_an_error(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put("shard-000000.tar", bytes(60 << 20))
     with pytest.raises(PackError, match="it was replaced while it was read"):
         later[1].read()
-    obstore.delete(bucket.store, f"{bucket.prefix}/shard-000000.tar")
+    bucket.delete("shard-000000.tar")
     with pytest.raises(PackError, match="no such object"):
         streams.Ranges(f"{url}/shard-000000.tar")
 
@@ -240,6 +252,7 @@ WRONG = {
 }
 
 
+@of_seaweedfs
 @pytest.mark.parametrize("what", WRONG)
 def test_what_a_user_gets_wrong(what: str, bucket: Bucket, tmp_path: Path) -> None:
     """One line with the cure, exit code 2, within 30 seconds, and never a secret."""
@@ -252,6 +265,7 @@ def test_what_a_user_gets_wrong(what: str, bucket: Bucket, tmp_path: Path) -> No
     assert "hidden" not in done.stderr and "Signature" not in done.stderr
 
 
+@of_s3
 @pytest.mark.parametrize(
     ("status", "scheme", "said"),
     [
@@ -278,6 +292,7 @@ def test_a_proxy_that_refuses(
     assert said in done.stderr and done.stderr.count("\n") == 1
 
 
+@of_seaweedfs
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("flag", ["--source", "--output"])
 def test_drivers_find_it_out_before_any_work(
@@ -332,13 +347,14 @@ def test_ctrl_c_ends_a_listing(tmp_path: Path) -> None:
     assert (process.returncode, err) == (-signal.SIGINT, b"")
 
 
+@through_proxies
 def test_a_store_that_is_away_for_a_while(bucket: Bucket, monkeypatch) -> None:
     """obstore's own ten retries are over in less than five seconds."""
     bucket.put("x", b"data")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(1 << 30, from_when=6))
+    monkeypatch.setenv(ENDPOINT, slow_proxy(1 << 30, from_when=6))
     store._connect.cache_clear()
     assert streams.Ranges(f"{bucket.url}/x").read(4) == b"data"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(1 << 30, from_when=60))
+    monkeypatch.setenv(ENDPOINT, slow_proxy(1 << 30, from_when=60))
     monkeypatch.setattr(store, "RETRY_TIME", 2)
     store._connect.cache_clear()
     with pytest.raises(StopRun, match="does not answer"):
@@ -351,7 +367,7 @@ def test_a_slow_store(bucket: Bucket, monkeypatch) -> None:
     """obstore gives a request 30 seconds by default, its body included; a range may take longer."""
     data = os.urandom(12 << 20)
     bucket.put("large", data)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(200_000))
+    monkeypatch.setenv(ENDPOINT, slow_proxy(200_000))
     store._connect.cache_clear()
     began = time.monotonic()
     with streams.Ranges(f"{bucket.url}/large") as ranges:

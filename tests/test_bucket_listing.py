@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import obstore
 import pytest
-from conftest import KEYS, Bucket
+from conftest import KEYS, Bucket, of_s3
 from obstore.exceptions import PermissionDeniedError
 from proxy import Request, start_proxy
 
@@ -115,6 +115,7 @@ def test_each_object_once(page: int, bucket: Bucket, monkeypatch) -> None:
         assert time.monotonic() < deadline
 
 
+@of_s3
 def test_prefixes_are_listed_side_by_side(bucket: Bucket, slow: Slow, monkeypatch) -> None:
     """Where the first page shows folders; one of them that holds more is split again."""
     keys = [f"{p:02d}/{n}.{f}" for p in range(24) for n in range(3) for f in ("jpg", "txt")]
@@ -128,6 +129,7 @@ def test_prefixes_are_listed_side_by_side(bucket: Bucket, slow: Slow, monkeypatc
     assert slow.most <= walk.SIDE_BY_SIDE
 
 
+@of_s3
 def test_a_flat_prefix_is_listed_as_before(bucket: Bucket, slow: Slow) -> None:
     """A page after the other; no list with a delimiter, which obstore would hold whole."""
     put_all(bucket, *(f"{n:04d}.{field}" for n in range(600) for field in ("jpg", "txt")))
@@ -135,6 +137,7 @@ def test_a_flat_prefix_is_listed_as_before(bucket: Bucket, slow: Slow) -> None:
     assert len(slow.asked) == 3 and not any("delimiter" in path for path in slow.asked)
 
 
+@of_s3
 def test_many_files_beside_a_folder(bucket: Bucket, slow: Slow, monkeypatch) -> None:
     """A list of what is right below a prefix is given up once it proves long."""
     put_all(bucket, "0/a.jpg", "0/a.txt")

@@ -17,13 +17,17 @@ import obstore
 import pytest
 from conftest import (
     DRIVERS,
+    ENDPOINT,
     KEYS,
     MOSTLY_BASH,
     ROOT,
+    SCHEME,
     SOAK,
     Bucket,
     bucket_of,
     hashes,
+    of_s3,
+    of_seaweedfs,
     pack_shard_of,
     run_script,
     slow_proxy,
@@ -44,7 +48,7 @@ from sharding.listing import list_samples
 from sharding.places import output_at
 from sharding.shards import SHARD_PATTERN
 
-KILLS = 40 if SOAK else 6
+KILLS = 40 if SOAK else int(os.environ.get("KILLS", 6))  # as `make stores` sets it
 
 
 def pack(driver: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
@@ -246,7 +250,7 @@ def test_what_is_not_looked_at_is_not_published(
     place = bucket.upload(raw, "raw/") if remote else raw
     packed(place, output, total=3)
     (raw / "sample-1.txt").write_bytes(b"changed meanwhile")
-    bucket.upload(raw, "raw/")
+    bucket.put("raw/sample-1.txt", b"changed meanwhile")  # alone: Azure's etags change anyway
     run = start(place, output, resume=True, total=3)
     assert [pack_shard_of(run, shard_id).how for shard_id in (0, 2)] == ["kept"] * 2
     with pytest.raises(PackError, match=r"not packed: 1 shard \(1\)"):
@@ -391,7 +395,9 @@ def test_a_late_upload_is_noticed(large: bool, bucket: Bucket, tmp_path: Path, m
         pack_shard_of(older, 0)
     monkeypatch.setattr(bucket_run, "check_own", look)
     newest = start(raw, bucket.url, resume=True, total=1)
-    assert pack_shard_of(newest, 0).how == "created again"  # what is there is not what was recorded
+    # What is there is not what was recorded; only Azure has refused the late upload, if in parts.
+    how = "kept" if SCHEME == "az" and large else "created again"
+    assert pack_shard_of(newest, 0).how == how
     newest.finish()
     create_webdataset(raw, tmp_path / "o", 0, 1)
     assert bucket.hashes() == hashes(tmp_path / "o")
@@ -426,6 +432,7 @@ def test_empty_files_and_a_relative_source(bucket: Bucket, tmp_path: Path) -> No
     assert bucket.hashes("a") == bucket.hashes("b")
 
 
+@of_s3
 def test_an_upload_that_is_refused(source: Path, bucket: Bucket, monkeypatch) -> None:
     """One line with the reason, and no more tries if the store is not there at all."""
     run = start(source, bucket.url)
@@ -528,6 +535,7 @@ def careless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     process.wait()
 
 
+@of_seaweedfs
 @pytest.mark.usefixtures("careless")
 def test_a_store_that_ignores_conditions_is_refused(source: Path, tmp_path: Path) -> None:
     done = pack("run_parallel.sh", "--source", source, "--output", "s3://tests/o")
@@ -638,7 +646,7 @@ def test_memory(bucket: Bucket, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
 def test_few_parts_wait_for_a_slow_store(bucket: Bucket, monkeypatch) -> None:
     """obstore's own 12 at a time, of 8 MB, would take 100 MB."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", slow_proxy(20_000_000))
+    monkeypatch.setenv(ENDPOINT, slow_proxy(20_000_000))
     code = (
         "import os, re, sys; from sharding.bucket.run import new_shard\n"
         "with new_shard(sys.argv[1], 0) as new:\n"

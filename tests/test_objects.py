@@ -63,7 +63,7 @@ def test_several_pages_and_folder_markers(bucket: Bucket, tmp_path: Path) -> Non
     touch(tmp_path / "raw", *keys, "empty.jpg/x.jpg", "empty.jpg/x.txt")
     url = bucket.upload(tmp_path / "raw", "raw/")
     for marker in ("raw/", "raw/cats/", "raw/empty.jpg/"):
-        obstore.put(bucket.store, f"{bucket.prefix}/{marker}", b"")
+        bucket.put(marker)
     listing, same = list_samples(url), list_samples(tmp_path / "raw")
     assert len(listing.samples) == 2_501 and not listing.skipped and not listing.ignored
     assert [s[:3] for s in listing.samples] == [s[:3] for s in same.samples]
@@ -84,7 +84,7 @@ def test_what_is_refused_as_in_a_folder(bucket: Bucket, tmp_path: Path) -> None:
 
 def change(bucket: Bucket, how: str, key: str) -> None:
     if how == "vanishes":
-        obstore.delete(bucket.store, f"{bucket.prefix}/{key}")
+        bucket.delete(key)
     else:
         size = obstore.head(bucket.store, f"{bucket.prefix}/{key}")["size"]
         bucket.put(key, os.urandom(size - 1 if how == "shrinks" else size))

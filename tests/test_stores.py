@@ -14,7 +14,17 @@ from urllib.parse import urlsplit
 import obstore
 import proxy
 import pytest
-from conftest import KEYS, MOSTLY_BASH, Bucket, hashes, pack_shard_of, run_script, write_pairs
+from conftest import (
+    KEYS,
+    MOSTLY_BASH,
+    STORE,
+    Bucket,
+    hashes,
+    of_s3,
+    pack_shard_of,
+    run_script,
+    write_pairs,
+)
 from proxy import Answer, Lie, Lost, Request
 
 from create_webdataset import create_webdataset
@@ -27,6 +37,7 @@ from sharding.bucket.run import PACKED
 from sharding.errors import PackError
 from sharding.listing import list_samples
 
+pytestmark = of_s3  # the proxy signs what it passes on as S3 wants it
 MakeLiar = Callable[[Lie], None]
 
 
@@ -168,7 +179,7 @@ def test_trying_a_store_takes_few_requests(source: Path, bucket: Bucket, liar: M
 
     liar(count)
     start(source, bucket.url)
-    assert len(seen) <= 10, seen
+    assert len(seen) <= (12 if STORE == "ceph" else 10), seen  # which knows etags in one spelling
     assert list(bucket.hashes()) == [PLAN]
 
 
