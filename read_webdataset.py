@@ -23,17 +23,18 @@ from sharding.command import (
     stdout_apart,
 )
 from sharding.errors import InputError, PackError
-from sharding.faults import Report, open_report
+from sharding.faults import open_report
 from sharding.messages import argument, count, explain
 from sharding.pack import check_function
 from sharding.places import dataset_at
 from sharding.reading import sound_part
-from sharding.samples import Listing, parse_fields
+from sharding.record import settle_flags
+from sharding.samples import parse_fields
 from sharding.shards import MAX_SHARDS, Found
 from sharding.show import DRAWN, draw_samples, one_line, print_samples, print_verdict
 from sharding.training import count_samples, open_webdataset
 from sharding.urls import refuse_url
-from sharding.verify import Result, check_dataset
+from sharding.verify import check_dataset, write_checksums
 
 __all__ = ["count_samples", "open_webdataset"]  # to import from here
 GLANCE = 16 << 10  # bytes read at a time: a look may end soon
@@ -59,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--decode", action="store_true", help="decode every image, text, number and JSON")
     number, workers = number_from(1, MAX_SHARDS), "processes (default: %(default)s)"
     add("--num-workers", metavar="N", type=number, default=1, help=workers)
-    add_source_arguments(parser, "the source to prove the shards against, if any")
+    what = "SHA-256 of each shard: written with --source, else compared, and nothing else checked"
+    add("--checksums", action="store_true", help=what)
+    add_source_arguments(parser, "the source to prove the shards against, if any", recorded=True)
     return parser
 
 
@@ -113,12 +116,12 @@ def show(args: argparse.Namespace, shards: Sequence[str]) -> tuple[str, dict[str
 
 def prepare(args: argparse.Namespace) -> Found:
     """Refuse what cannot be done, before any work; return what there is to read."""
-    for name in ("source", "decode", "report", "quiet") if args.no_check else ():
+    for name in ("source", "decode", "report", "quiet", "checksums") if args.no_check else ():
         if getattr(args, name) and not (name == "quiet" and args.preview):
             raise InputError(f"{argument(name)} makes no sense with --no-check; leave out one")
     refuse_url("report", args.report or "")
     refuse_url("preview", args.preview or "")
-    parse_fields(args.fields, args.optional_fields)
+    parse_fields(args.fields or "jpg,txt", args.optional_fields or "")
     if not args.quiet or args.preview is not None:
         with plain_interrupt():  # now: one of these may be missing, and they take their time
             import webdataset  # noqa: F401
@@ -134,41 +137,36 @@ def prepare(args: argparse.Namespace) -> Found:
     return found
 
 
-def check(
-    args: argparse.Namespace, found: Found, listing: Listing | None, report: Report
-) -> Result:
-    """Check all shards; return what they hold, and what is wrong with them."""
-    with stdout_apart(args.transform), ProgressBar(len(found.shards), unit=" shards") as bar:
-        return check_dataset(
-            found,
-            report,
-            fields=parse_fields(args.fields, args.optional_fields),
-            listing=listing,
-            decode=args.decode,
-            num_workers=args.num_workers,
-            progress=bar.update,
-        )
+def look(args: argparse.Namespace, shards: Sequence[str]) -> int:
+    """Show samples, and check nothing; return the exit code."""
+    done, damaged = show(args, shards)
+    for shard, reason in damaged.items():
+        print(f"damaged: {one_line(shard)}: {one_line(reason)}", file=sys.stderr)
+    print(f"{done}, nothing checked")
+    return 1 if damaged else 0
 
 
 def run(args: argparse.Namespace) -> int:
     """Show samples, then check all shards and print the verdict; return the exit code."""
     found = prepare(args)
     if args.no_check:
-        done, damaged = show(args, found.shards)
-        for shard, reason in damaged.items():
-            print(f"damaged: {one_line(shard)}: {one_line(reason)}", file=sys.stderr)
-        print(f"{done}, nothing checked")
-        return 1 if damaged else 0
+        return look(args, found.shards)
+    record = settle_flags(found, vars(args))
+    options: dict[str, Any] = {"fields": parse_fields(args.fields, args.optional_fields)}
+    options |= {"decode": args.decode, "hashing": args.checksums, "num_workers": args.num_workers}
     identify = dataset_at(args.path).identify
     before = identify(found.shards)
     with open_report(args.report, args.source, args.path) as report:
         listing = None if args.source is None else list_source(args, report)
         check_function(listing)
         show(args, found.shards)  # what it meets that is damaged, the check finds again
-        checked, faults = check(args, found, listing, report)
+        with stdout_apart(args.transform), ProgressBar(len(found.shards), " shards") as bar:
+            options["progress"] = bar.update
+            checked, faults = check_dataset(found, report, listing, record, **options)
     if identify(found.shards) != before:
         raise PackError(f"{args.path!r}: the dataset was replaced while it was read; run again")
-    print_verdict(checked, faults, listing, args.source, args.decode)
+    sums = args.checksums and write_checksums(args.path, record, listing, (checked, faults))
+    print_verdict(checked, faults, listing, args.source, args.decode, sums or "")
     return 1 if faults.numbers else 0
 
 

@@ -70,16 +70,25 @@ def refuse_others(parser: Parser, args: argparse.Namespace, first: str, *more: s
             raise InputError(f"{message}: leave out {argument(name)}")
 
 
-def add_source_arguments(parser: argparse.ArgumentParser, title: str = "the source") -> None:
-    """Add the flags that say what a source is, and mean the same in every script."""
+def add_source_arguments(
+    parser: argparse.ArgumentParser, title: str = "the source", recorded: bool = False
+) -> None:
+    """Add the flags that say what a source is, and mean the same in every script.
+
+    Args:
+        recorded: a dataset's record has them, too, so they may be left out, and are None then.
+    """
     add = parser.add_argument_group(title).add_argument
     add("--source", metavar="DIR", help=f"folder or {URL} of the raw files, listed recursively")
-    what = "a sample's files (default: %(default)s); A;B for one of two"
-    add("--fields", metavar="A,B", default="jpg,txt", help=what)
-    add("--optional-fields", metavar="A,B", default="", help="files that a sample may lack")
+    usual = "as the dataset was packed, else jpg,txt" if recorded else "%(default)s"
+    what = f"a sample's files (default: {usual}); A;B for one of two"
+    add("--fields", metavar="A,B", default=None if recorded else "jpg,txt", help=what)
+    what = "files that a sample may lack"
+    add("--optional-fields", metavar="A,B", default=None if recorded else "", help=what)
     what = "allow dots in names, and replace them by C in the key"
     add("--replace-dots", metavar="C", help=what)
-    add("--skip-bad", action="store_true", help="drop what would be refused, and count it")
+    what = "drop what would be refused, and count it"
+    add("--skip-bad", action="store_true", default=None if recorded else False, help=what)
     add("--shuffle", metavar="SEED", type=int, help="shuffle before sharding")
     add("--report", metavar="FILE", help="write every name that is refused or left out, and why")
     what = "call a function of yours on each sample; what it returns is packed"
@@ -109,7 +118,7 @@ def driver_parser(command: str, purpose: str, example: str = "") -> argparse.Arg
     add("--output", metavar="DIR", help=OUTPUT)
     what = "take over an interrupted run in a bucket or of an array job"
     add("--resume", action="store_true", help=what)
-    what = "pack afresh; discard what an interrupted run has finished"
+    what = "pack afresh, whatever dataset is there, or an interrupted run had finished"
     add("--replace", action="store_true", help=what)
     add = parser.add_argument_group("the work").add_argument
     number = number_from(1, MAX_SHARDS)

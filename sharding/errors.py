@@ -29,10 +29,12 @@ class StopRun(PackError):
 
 
 class AlreadyDone(Exception):
-    """An interrupted run has been published, so nothing is left to do. Exit code 0."""
+    """Nothing is left to do. Exit code 0."""
 
-    def __str__(self) -> str:
-        return "publishing was interrupted; now all shards are in place"
+    def __init__(
+        self, why: str = "publishing was interrupted; now all shards are in place"
+    ) -> None:
+        super().__init__(why)
 
 
 def attempt(step: Callable[[], T]) -> T | Exception:

@@ -20,7 +20,7 @@ from sharding.errors import InputError
 from sharding.faults import Report
 from sharding.messages import argument, warn
 from sharding.places import source_at
-from sharding.samples import Listing, Transform, parse_fields
+from sharding.samples import Given, Listing, Transform, parse_fields
 from sharding.scan import Scan
 from sharding.stages import stage
 from sharding.transform import read_function
@@ -59,7 +59,8 @@ def list_samples(
     started = time.time()
     if replace_dots is not None and not re.fullmatch(r"[^\s./\\\0]", replace_dots):
         raise InputError(f"{argument('replace_dots')} takes one character, such as _")
-    parsed = parse_fields(fields, optional_fields)
+    given = Given.of(fields, optional_fields, replace_dots, skip_bad, shuffle)
+    parsed = parse_fields(given.fields, given.optional_fields)
     function = read_function(transform) if isinstance(transform, str) else transform
     where = source_at(source)
     scan = Scan(without_slash(source), parsed, replace_dots, skip_bad, report or Report())
@@ -74,8 +75,9 @@ def list_samples(
         warn(f"{len(scan.keys):,} samples are left, besides {names}; are the fields right?")
     scan.keys.sort(key=None if shuffle is None else functools.partial(_shuffle_rank, shuffle))
     ignored = dict(scan.ignored)
+    samples = scan.samples()
     return Listing(
-        started, scan.source, scan.fields, scan.samples(), ignored, skipped, shuffle, function
+        started, scan.source, scan.fields, samples, ignored, skipped, shuffle, function, given
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
-from typing import Any, BinaryIO
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 from sharding.apart import Ended, answer, ask
 from sharding.archive import FastTarWriter
@@ -13,7 +14,8 @@ from sharding.batch import new_stamp
 from sharding.errors import InputError, PackError
 from sharding.messages import argument, count, explain
 from sharding.places import output_at, source_at
-from sharding.samples import Function, Listing, Sample, Samples, Transform
+from sharding.record import Packed
+from sharding.samples import Function, Listing, Sample, Samples, Transform, split_name
 from sharding.shards import PackedShard, Progress, Shard, stamped
 from sharding.transform import TransformError, name_of, transformed
 
@@ -27,6 +29,7 @@ def pack_shard(
     how: str = "created",
     staged: bool = False,
     transform: Transform | None = None,
+    before: Callable[[Packed], object] | None = None,
 ) -> Shard:
     """Write one tar of these samples; the shard appears when it is stored, see `Shard.store`.
 
@@ -35,17 +38,21 @@ def pack_shard(
         how: see `Shard`.
         staged: it is a run, in which the shard waits under the stamp of its files.
         transform: a function of the user's on each sample.
+        before: told what the shard is, before it appears.
 
     Raises:
         PackError, OSError: packing failed; no shard appears.
     """
     with contextlib.ExitStack() as stack:
         new = stack.enter_context(output_at(path).new_shard(path, shard_id))
-        stamp, dropped = write_samples(new.stream, source, samples, progress, transform)
+        stamp, dropped, fields = write_samples(new.stream, source, samples, progress, transform)
         if transform and dropped == len(samples):
             raise _empty(dropped, transform)
         if staged:
-            new.stamp = stamped(stamp, dropped)
+            new.stamp = stamped(stamp, dropped if transform else None)
+            new.fields = fields
+        if before:
+            new.before = lambda: before(Packed(len(samples) - dropped, new.size, stamp, dropped))
         packed = PackedShard(new, stack.pop_all())
         return Shard(shard_id, len(samples) - dropped, how=how, packed=packed, dropped=dropped)
 
@@ -58,24 +65,29 @@ def _empty(dropped: int, transform: Transform) -> PackError:
     )
 
 
+class Written(NamedTuple):
+    """What has been written."""
+
+    stamp: str  # of the files, as `stamp_of` of the source gives it, if none has changed
+    dropped: int  # samples, by the function
+    fields: Mapping[str, int]  # that came out of the function -> how many samples have them
+
+
 def write_samples(
     stream: BinaryIO,
     source: str,
     samples: Samples,
     progress: Progress | None = None,
     transform: Transform | None = None,
-) -> tuple[str, int]:
+) -> Written:
     """Write the tar archive of these samples to a stream.
 
     Members of a sample lie side by side, named <key>.<field>, as the format asks
     (https://github.com/webdataset/webdataset, "The WebDataset Format"); bytes in, bytes out,
     unless a function of the user's says otherwise.
-
-    Returns:
-        The stamp of the files, as `stamp_of` of the source gives it, if none has changed; the
-        number of samples that the function dropped.
     """
     seen, dropped = new_stamp(), 0
+    fields: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
         closing = contextlib.closing(source_at(source).read_batches(source, samples))
         batches = stack.enter_context(closing)
@@ -87,9 +99,11 @@ def write_samples(
             sink.write_members(batch.names, batch.contents)
             seen.update(batch.stamp())
             dropped += batch.dropped
+            if transform:
+                fields.update(split_name(name)[1] or "" for name in batch.names)
             if progress:
                 progress(batch.samples)
-    return seen.hexdigest(), dropped
+    return Written(seen.hexdigest(), dropped, fields)
 
 
 # ---------------------------------------------------------------- before a run

@@ -54,6 +54,12 @@ class Dataset(Protocol):
     def shard_size(self, path: str) -> int:
         """Return the size of a shard in bytes."""
 
+    def read_record(self, path: str) -> bytes | None:
+        """Return the record in a folder, or at a prefix, if there is one; see record.py."""
+
+    def write_record(self, path: str, data: bytes | None) -> None:
+        """Put a record there, whole or not at all, or take it away."""
+
 
 class Output(Protocol):
     """Where shards are written: by a run, or single ones."""

@@ -11,17 +11,30 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from sharding.errors import InputError, PackError
 from sharding.messages import argument, count
-from sharding.samples import Function, Sample, Samples, deal
+from sharding.samples import Function, Given, Sample, Samples, deal
 from sharding.stages import stage
 
 PLAN = "plan"  # the name of the file, in the folder of a run
 _OFFSET = "%015d\n"  # where in the file the samples of a shard begin
 _NO_DIGEST = "0" * 32
+
+
+class Made(NamedTuple):
+    """What shards are made of, whatever the files hold."""
+
+    source: str
+    fields: str  # this and the next four: see Plan
+    total_shards: int
+    shuffle: int | None
+    transform: str
+    total_samples: int
+    digest: str
 
 
 class Plan(NamedTuple):
@@ -42,6 +55,17 @@ class Plan(NamedTuple):
     shuffle: int | None = None  # the seed
     versions: bool = False  # a line is key, tab, versions of the files; such keys hold no tab
     transform: Function | None = None  # on each sample
+    given: Given = Given()  # the flags behind the fields
+    packed: Mapping[str, int] | None = None  # field -> how many samples have it, as they are listed
+
+    @property
+    def made(self) -> Made:
+        """What its shards are made of."""
+        made_by = signed(self.transform.name, self.transform.digest) if self.transform else "none"
+        return Made(
+            self.source, self.fields, self.total_shards, self.shuffle, made_by,
+            self.total_samples, self.digest,
+        )  # fmt: skip
 
     @property
     def begun(self) -> str:
@@ -66,8 +90,8 @@ class Published(NamedTuple):
 def dump_plan(stream: BinaryIO, plan: Plan, samples: Samples) -> Plan:
     """Write a plan to a stream that can seek, and return it with the digest of its samples."""
     total = plan.total_shards
-    plan = plan._replace(usual=samples[0].extensions, versions=bool(samples[0].listed))
-    seen = hashlib.blake2b(repr(plan.usual).encode(), digest_size=len(_NO_DIGEST) // 2)
+    plan = _describe(plan, samples)
+    seen = _new_digest(plan)
     stream.write(_header(plan))
     first, offsets = stream.tell(), []
     stream.write((_OFFSET * (total + 1) % ((0,) * (total + 1))).encode())
@@ -77,9 +101,7 @@ def dump_plan(stream: BinaryIO, plan: Plan, samples: Samples) -> Plan:
             dealt = deal(samples, shard_id, total)
             lines = _to_text(dealt, plan.usual).encode()
             stream.write(lines)
-            if dealt.listed or dealt.odd:  # an object of another version is the same sample
-                lines = _to_text(dealt.without_versions(), plan.usual).encode()
-            seen.update(lines)
+            seen.update(_without_versions(dealt, plan.usual) or lines)
             planning.add(len(dealt))
     offsets.append(stream.tell())
     stream.seek(first)
@@ -88,6 +110,30 @@ def dump_plan(stream: BinaryIO, plan: Plan, samples: Samples) -> Plan:
     stream.seek(0)
     stream.write(_header(plan))
     return plan
+
+
+def digest_plan(plan: Plan, samples: Samples) -> Plan:
+    """Return what `dump_plan` does, and write nothing."""
+    plan = _describe(plan, samples)
+    seen = _new_digest(plan)
+    for shard_id in range(plan.total_shards):
+        dealt = deal(samples, shard_id, plan.total_shards)
+        seen.update(_without_versions(dealt, plan.usual) or _to_text(dealt, plan.usual).encode())
+    return plan._replace(digest=seen.hexdigest())
+
+
+def _describe(plan: Plan, samples: Samples) -> Plan:
+    """Return a plan with what all of its samples have, or how many of them."""
+    having = Counter({field.lower(): len(samples) - len(samples.odd) for field in samples.usual})
+    for sample in samples.odd.values():
+        having.update(extension.lower() for extension in sample.extensions)
+    packed = {field: number for field, number in sorted(having.items()) if number}
+    first = samples[0]
+    return plan._replace(usual=first.extensions, versions=bool(first.listed), packed=packed)
+
+
+def _new_digest(plan: Plan) -> hashlib.blake2b:
+    return hashlib.blake2b(repr(plan.usual).encode(), digest_size=len(_NO_DIGEST) // 2)
 
 
 def load_plan(stream: BinaryIO, name: str, remove: str) -> Plan:
@@ -136,33 +182,34 @@ def not_packed(plan: Plan, missing: Sequence[int]) -> PackError:
     return PackError(f"not packed: {shards} ({first}); nothing was published; {cure}")
 
 
-def differences(before: Plan, plan: Plan) -> list[str]:
-    """Return what an earlier plan has, in words, if its shards are not those of a plan.
+def differences(before: Made, now: Made) -> list[str]:
+    """Return what earlier shards were made of, in words, if others would be made now.
 
     A file that has changed makes no difference: the stamp of its shard tells that.
     """
+    if before._replace(shuffle=now.shuffle) == now:
+        return []
 
-    def shards(plan: Plan) -> tuple[str, str, int, str, str]:
-        return plan.source, plan.fields, plan.total_shards, plan.digest, transform(plan)
-
-    def transform(plan: Plan) -> str:
-        return f"{plan.transform.name} {plan.transform.digest[:12]}" if plan.transform else "none"
-
-    def shown(plan: Plan) -> dict[str, str]:
+    def shown(made: Made) -> dict[str, str]:
         return {
-            "another source": repr(plan.source),
-            "other fields": repr(plan.fields),
-            "another number of shards": f"{plan.total_shards:,}",
-            "another shuffle seed": "none" if plan.shuffle is None else str(plan.shuffle),
-            "another transform": transform(plan),
-            "other samples": f"{plan.total_samples:,}",
+            "another source": repr(made.source),
+            "other fields": repr(made.fields),
+            "another number of shards": f"{made.total_shards:,}",
+            "another shuffle seed": "none" if made.shuffle is None else str(made.shuffle),
+            "another transform": made.transform,
+            "other samples": f"{made.total_samples:,}",
         }
 
-    if shards(before) == shards(plan):
-        return []
-    was, now = shown(before), shown(plan)
-    found = [f"{what} ({was[what]}, not {now[what]})" for what in was if was[what] != now[what]]
+    was, is_now = shown(before), shown(now)
+    found = [
+        f"{what} ({was[what]}, not {is_now[what]})" for what in was if was[what] != is_now[what]
+    ]
     return found or ["other samples (as many, under other names)"]
+
+
+def signed(name: str, digest: str) -> str:
+    """Return how messages tell a function from one of another text."""
+    return f"{name} {digest[:12]}"
 
 
 def does_not_fit(output: str, finished: int, differs: Sequence[str]) -> InputError:
@@ -215,7 +262,8 @@ def _header(plan: Plan) -> bytes:
 def _from_header(line: bytes) -> Plan:
     plan = Plan(**json.loads(line))
     function = Function(*plan.transform) if plan.transform else None
-    return plan._replace(usual=tuple(plan.usual), transform=function)
+    given = Given(*plan.given)
+    return plan._replace(usual=tuple(plan.usual), transform=function, given=given)
 
 
 def _to_text(samples: Samples, usual: tuple[str, ...]) -> str:
@@ -225,6 +273,16 @@ def _to_text(samples: Samples, usual: tuple[str, ...]) -> str:
         if text[:1] != "[" and "\n[" not in text:
             return text
     return "".join(_to_line(sample, usual) for sample in samples)
+
+
+def _without_versions(samples: Samples, usual: tuple[str, ...]) -> bytes:
+    """Return the lines of samples some of which have versions; nothing if none has.
+
+    An object of another version is the same sample.
+    """
+    if not (samples.listed or samples.odd):
+        return b""
+    return _to_text(samples.without_versions(), usual).encode()
 
 
 def _to_line(sample: Sample, usual: tuple[str, ...]) -> str:

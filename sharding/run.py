@@ -17,8 +17,10 @@ from sharding.errors import InputError, StopRun
 from sharding.faults import left_out
 from sharding.messages import argument, count
 from sharding.pack import check_function, pack_shard
-from sharding.places import output_at, source_at
-from sharding.plan import Plan
+from sharding.places import dataset_at, output_at, source_at
+from sharding.plan import Plan, digest_plan
+from sharding.previous import record_for
+from sharding.record import Packed, Record, changes
 from sharding.samples import Function, Listing, Samples, Transform, deal
 from sharding.shards import Progress, Shard, check_shard_numbers
 from sharding.transform import dropped_by
@@ -84,6 +86,8 @@ class Direct(NamedTuple):
     path: str  # the output
     listing: Listing
     total_shards: int
+    record: Record | None = None  # of the dataset there
+    fits: bool = False  # that dataset was packed from this listing
 
     @property
     def transform(self) -> Transform | None:
@@ -95,9 +99,16 @@ class Direct(NamedTuple):
         return deal(self.listing.samples, shard_id, self.total_shards)
 
     def pack(self, shard_id: int, samples: Samples, progress: Progress | None) -> Shard:
-        """Write one tar of these samples."""
+        """Write one tar of these samples; first, take away a record that it will belie."""
+
+        def check_record(packed: Packed) -> None:
+            if self.record and not (self.fits and self.record.says(shard_id, packed)):
+                dataset_at(self.path).write_record(self.path, None)
+
         source, transform = self.listing.source, self.transform
-        return pack_shard(source, samples, self.path, shard_id, progress, transform=transform)
+        return pack_shard(
+            source, samples, self.path, shard_id, progress, before=check_record, transform=transform
+        )
 
 
 def start_direct(
@@ -109,15 +120,18 @@ def start_direct(
     """Check everything that packing these shards straight into an output needs, and prepare it.
 
     Raises:
-        InputError: bad input; nothing was written.
-        PackError: a run is not finished there.
+        InputError: bad input, or a dataset of another source is there; nothing was written.
+        PackError: a run is not finished there, or the record there is damaged.
     """
     path, where = os.fspath(output), output_at(output)
     check_shard_numbers(total_shards, len(listing.samples), shard_ids.start)
     where.check_output(path, listing)
     check_function(listing)
+    plan = plan_of(listing, total_shards)
+    record = record_for(path, plan.source)
+    fits = bool(record and not changes(record, digest_plan(plan, listing.samples)))
     where.prepare(path, shard_ids, total_shards)
-    return Direct(path, listing, total_shards)
+    return Direct(path, listing, total_shards, record, fits)
 
 
 def start(
@@ -140,17 +154,19 @@ def start(
         total_shards: number of shards, or
         samples_per_shard: the most samples that a shard gets.
         resume: take over an interrupted run in a bucket, of an array job, or on a file system
-            without locks.
-        replace: discard what an interrupted run has finished, unless it is an array job.
+            without locks; do nothing if the dataset is complete.
+        replace: pack afresh, whatever dataset is there, or an interrupted run had finished; an
+            array job, and a dataset in a bucket, are left alone.
         driver: id of the process without which no worker goes on; None for an array job.
 
     Returns:
         The run; it holds the lock of its output as long as this process lives.
 
     Raises:
-        InputError: bad input, or shards that an interrupted run had finished would be lost;
-            nothing was written.
+        InputError: bad input, or a dataset of another source, or shards that an interrupted run
+            had finished, would be lost; nothing was written.
         PackError: another run is packing into this output.
+        AlreadyDone: the run is to be resumed, and the dataset there is what it would make.
     """
     where = output_at(output)
     where.check_output(os.fspath(output), listing)
@@ -161,20 +177,27 @@ def start(
     if function is not None and not isinstance(function, Function):
         raise InputError(f"a run takes its {argument('transform')} as FILE.py:FUNCTION")
     check_function(listing)
-    plan = Plan(
+    plan = plan_of(listing, total, driver)
+    return Run(*where.begin(canonical(output), plan, samples, resume, replace))
+
+
+def plan_of(listing: Listing, total_shards: int, driver: int | None = None) -> Plan:
+    """Return the plan of a run that packs a listing, without the digest of its samples."""
+    function = listing.transform
+    return Plan(
         source=canonical(listing.source),
         fields=str(listing.fields),
-        total_shards=total,
-        total_samples=len(samples),
+        total_shards=total_shards,
+        total_samples=len(listing.samples),
         skipped=listing.skipped,
         ignored=listing.ignored,
         started=listing.started,
         host=os.uname().nodename,
         driver=driver,
         shuffle=listing.shuffle,
-        transform=function,
+        transform=function if isinstance(function, Function) else None,
+        given=listing.given,
     )
-    return Run(*where.begin(canonical(output), plan, samples, resume, replace))
 
 
 def load(path: str) -> Run:

@@ -158,6 +158,27 @@ Call = Callable[[dict[str, Any]], "Mapping[str, Any] | None"]
 Transform = Function | Call  # a caller in Python may have the function itself
 
 
+class Given(NamedTuple):
+    """Flags that say what a sample is, as they were given."""
+
+    fields: str = "jpg,txt"
+    optional_fields: str = ""
+    replace_dots: str | None = None
+    skip_bad: bool = False
+    shuffle: int | None = None  # the seed
+
+    @classmethod
+    def of(
+        cls, fields: str | Iterable[str], optional_fields: str | Iterable[str], *others: Any
+    ) -> Given:
+        """Return flags whose fields may be given one by one."""
+        return cls(_joined(fields), _joined(optional_fields), *others)
+
+    def parsed(self) -> tuple[Any, ...]:
+        """Return what they mean, which other spellings mean, too."""
+        return parse_fields(self.fields, self.optional_fields), *self[2:]
+
+
 class Listing(NamedTuple):
     """What a source holds."""
 
@@ -169,6 +190,7 @@ class Listing(NamedTuple):
     skipped: dict[str, int]  # what `skip_bad` dropped: reason -> how many
     shuffle: int | None = None  # the seed, if any
     transform: Transform | None = None  # on each sample
+    given: Given = Given()
 
 
 def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
@@ -213,8 +235,12 @@ def parse_fields(fields: str | Iterable[str], optional_fields: str | Iterable[st
     return parsed
 
 
+def _joined(fields: str | Iterable[str]) -> str:
+    return fields if isinstance(fields, str) else ",".join(fields)
+
+
 def _parse(name: str, fields: str | Iterable[str]) -> tuple[tuple[str, ...], ...]:
-    named = fields if isinstance(fields, str) else ",".join(fields)
+    named = _joined(fields)
     if not named and name == "optional_fields":
         return ()
     entries = [tuple(sorted(entry.split(";"))) for entry in named.lower().split(",")]

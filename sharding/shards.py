@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import BinaryIO, NamedTuple
 
 from sharding.errors import InputError
@@ -76,6 +76,8 @@ class NewShard:
         self.stamp = ""  # see `stamped`; if it waits in a run until all shards are there
         self.path = ""  # this and the next are known once it is whole
         self.size = 0
+        self.fields: Mapping[str, int] = {}  # of a run with a function: those that came out of it
+        self.before: Callable[[], object] = lambda: None  # called when only its name is lacking
 
 
 class Left(NamedTuple):
@@ -92,6 +94,8 @@ class Found(NamedTuple):
     shards: list[str]  # their paths, in order
     faults: list[tuple[str, str]]  # what is wrong: kind and name
     whole: bool  # these must be all shards of a dataset; else a pattern chose them
+    record: bytes | None = None  # of such a dataset, if it has one; see record.py
+    sizes: Sequence[int] = ()  # of the shards, where there is a record
 
 
 def shard_name(shard_id: int) -> str:
@@ -99,12 +103,13 @@ def shard_name(shard_id: int) -> str:
     return f"shard-{shard_id:0{DIGITS}d}.tar"
 
 
-def stamped(stamp: str, dropped: int) -> str:
+def stamped(stamp: str, dropped: int | None) -> str:
     """Return what the name of a staged shard says of it: the stamp of its files, samples dropped.
 
-    So the count lives as long as the shard: neither a kill nor another process loses it.
+    So the count lives as long as the shard: neither a kill nor another process loses it. None: no
+    function has made it.
     """
-    return f"{stamp}.{dropped}" if dropped else stamp
+    return stamp if dropped is None else f"{stamp}.{dropped}"
 
 
 def shard_number(path: str) -> int:

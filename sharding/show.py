@@ -117,17 +117,19 @@ def print_verdict(
     listing: Listing | None,
     source: str | None,
     decode: bool,
+    also: str = "",
 ) -> None:
     """Print the faults, the cure, and what the shards hold, with the verdict on them.
 
     Args:
         source: as the flag spells it, for a command to paste.
+        also: what else holds, if nothing is wrong.
     """
     _print_faults(faults)
     if bad := [report.path for report in reports if not report.sound]:
         total = len(reports) + faults.numbers["missing shard"]
         print(_how_to_pack(bad[0], total, source), file=sys.stderr)
-    print(_summary(reports, faults, listing, decode))
+    print(_summary(reports, faults, listing, decode, also))
 
 
 def _print_faults(faults: Faults) -> None:
@@ -151,10 +153,7 @@ def _how_to_pack(shard: str, total: int, source: str | None) -> str:
 
 
 def _summary(
-    reports: Sequence[Checked],
-    faults: Faults,
-    listing: Listing | None,
-    decode: bool,
+    reports: Sequence[Checked], faults: Faults, listing: Listing | None, decode: bool, also: str
 ) -> str:
     """Return what the shards hold, and the verdict on them, in one line."""
     number = sum(faults.numbers.values())
@@ -165,6 +164,8 @@ def _summary(
             verdict += f", each sample of {one_line(listing.source)} once{made}, byte for byte"
         verdict += dropped_by(listing.transform, sum(len(report.dropped) for report in reports))
         verdict += left_out("ignored", listing.ignored) + left_out("skipped", listing.skipped)
+    if not number:
+        verdict += also
     samples = count(sum(report.samples for report in reports), "sample")
     size = sum(report.size for report in reports)
     shards = count(len(reports), "shard")

@@ -17,6 +17,7 @@ from sharding.apart import answer, ask
 from sharding.errors import InputError, PackError
 from sharding.places import dataset_at
 from sharding.reading import count_shard
+from sharding.record import Record, check_found, fields_to_read, of_found
 
 if TYPE_CHECKING:
     from sharding.pipeline import TrainingDataset
@@ -30,8 +31,8 @@ POSTSCRIPT = b"%!PS", b"\xc5\xd0\xd3\xc6"  # beginnings of what Pillow has Ghost
 
 def open_webdataset(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    fields: str | Iterable[str] = "jpg,txt",
-    optional_fields: str | Iterable[str] = (),
+    fields: str | Iterable[str] | None = None,
+    optional_fields: str | Iterable[str] | None = None,
     decode: str | Mapping[str, str | Callable[[bytes], Any] | None] | None = DEFAULT,
     shuffle_buffer: int = 1_000,
     seed: int = 0,
@@ -45,9 +46,11 @@ def open_webdataset(
         path: folder or URL of the shards, or a pattern of some; of a list of these, all are read
             as one.
         fields: what a sample is given as, in this order: "jpg,txt", or the fields one by one;
-            "jpg;png" is the one of them that it has.
+            "jpg;png" is the one of them that it has. By default, those that were packed, if the
+            dataset has a record, else "jpg,txt".
         optional_fields: more of these, behind them; None where a sample has none (of which a
-            DataLoader makes batches with a `collate_fn` alone).
+            DataLoader makes batches with a `collate_fn` alone). By default those that were packed,
+            where `fields` is left out, too; else none.
         decode: what images become, in the spellings of webdataset. "pilrgb", "pilrgba", "pill": PIL
             images, of which a DataLoader makes batches with a `collate_fn` alone. "rgb", "rgba",
             "l": arrays of height, width and channels ("l": without these), floats from 0 to 1;
@@ -75,48 +78,82 @@ def open_webdataset(
 
     Raises:
         InputError: there are no shards, or there is no such way to decode.
-        PackError: the folder also holds stray files.
+        PackError: the folder also holds stray files, or its shards are not those of its record.
     """
     from sharding.pipeline import open_pipeline
 
+    paths = [path] if isinstance(path, (str, os.PathLike)) else path
+    shards, records = _find(paths)
+    if fields is None:
+        fields, packed = _packed_fields(records)
+        optional_fields = packed if optional_fields is None else optional_fields
     required = _split(fields)
     optional = _split(optional_fields) if optional_fields else []
     decoders = _decoders([f for entry in required + optional for f in entry.split(";")], decode)
-    paths = [path] if isinstance(path, (str, os.PathLike)) else path
-    shards = []
-    for each in paths:
-        found = dataset_at(each).find_shards(os.fspath(each))
-        for kind, name in found.faults:
-            raise PackError(f"{kind}: {name}")
-        shards += found.shards
     return open_pipeline(
         shards, required, optional, decoders, shuffle_buffer, seed, handler, even, split_by_node
     )
 
 
+def _find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[str], list[Record]]:
+    """Return all shards, and the records of the datasets that have one."""
+    shards, records = [], []
+    for each in paths:
+        path = os.fspath(each)
+        found = dataset_at(path).find_shards(path)
+        for kind, name in found.faults:
+            raise PackError(f"{kind}: {name}")
+        shards += found.shards
+        if record := of_found(found, path):
+            check_found(record, found, path)
+            records.append(record)
+    return shards, records
+
+
+def _packed_fields(records: Iterable[Record]) -> tuple[str, str]:
+    """Return the fields that were packed, and the optional ones.
+
+    Raises:
+        InputError: several datasets differ.
+    """
+    packed = set(map(fields_to_read, records)) or {("jpg,txt", "")}
+    if len(packed) > 1:
+        named = " and ".join(repr(fields) for fields, _ in sorted(packed))
+        raise InputError(f'these datasets have other fields each: {named}; give fields="..."')
+    return packed.pop()
+
+
 def count_samples(
     path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
 ) -> int:
-    """Return the number of samples in a dataset, from the headers of its shards.
+    """Return the number of samples in a dataset, from its record, or the headers of its shards.
 
     Args:
         path: as of `open_webdataset`.
 
     Raises:
         InputError: there are no shards.
-        PackError: a shard is damaged.
+        PackError: a shard is damaged, or not one of the record's.
     """
     if not isinstance(path, (str, os.PathLike)):
         return sum(map(count_samples, path))
     if dataset_at(path).REMOTE:  # whoever counts there can fork no more
         return int(ask("sharding.training", "count", os.fspath(path)))
-    return sum(map(count_shard, dataset_at(path).find_shards(os.fspath(path)).shards))
+    return _count(os.fspath(path), map)
 
 
 def count_in_bucket(url: str) -> int:
     """Count in this process; see `count_samples`."""
     with ThreadPoolExecutor(COUNT_THREADS) as pool:
-        return sum(pool.map(count_shard, dataset_at(url).find_shards(url).shards))
+        return _count(url, pool.map)
+
+
+def _count(path: str, each: Callable[..., Iterable[int]]) -> int:
+    found = dataset_at(path).find_shards(path)
+    if record := of_found(found, path):
+        check_found(record, found, path)
+        return record.samples
+    return sum(each(count_shard, found.shards))
 
 
 def _split(fields: str | Iterable[str]) -> list[str]:

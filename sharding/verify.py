@@ -23,11 +23,23 @@ from sharding.errors import PackError
 from sharding.faults import SHOWN, Report
 from sharding.parallel import in_order
 from sharding.places import dataset_at, source_at
+from sharding.plan import digest_plan
 from sharding.reading import walk
+from sharding.record import (
+    DISAGREES,
+    MISSING,
+    Record,
+    Staged,
+    compare_function,
+    disagreements,
+    dump,
+    of_run,
+)
+from sharding.run import plan_of
 from sharding.samples import Fields, Listing, Samples, deal, judge
 from sharding.shards import Found, shard_name, shard_number
 from sharding.stages import Stage, stage
-from sharding.verify_shard import NO_SAMPLES, Checked, Task, check_shard
+from sharding.verify_shard import NO_SAMPLES, Checked, Task, check_shard, compare_checksum
 
 ENOUGH = 8  # keys; see `count_uneven`
 DROPPED = "sample that the function drops"
@@ -56,10 +68,12 @@ Result = tuple[list[Checked], Faults]  # what each shard holds; all that is wron
 def check_dataset(
     found: Found,
     report: Report,
+    listing: Listing | None = None,
+    record: Record | None = None,
     *,
     fields: Fields,
-    listing: Listing | None = None,
     decode: bool = False,
+    hashing: bool = False,
     num_workers: int = 1,
     progress: Callable[[], object] = lambda: None,
 ) -> Result:
@@ -68,44 +82,29 @@ def check_dataset(
     Args:
         found: the shards, and what else there is.
         report: takes what is wrong, too.
-        fields: what samples may have; if all fit, their fields may differ.
         listing: what the shards must hold, each sample once.
+        record: what the shards must be.
+        fields: what samples may have; if all fit, their fields may differ.
         decode: decode every image, text, number and JSON in full.
+        hashing: give the checksum of each; without a listing, compare just these with the record's.
         num_workers: processes.
         progress: called for each shard that is done.
-
-    Raises:
-        PackError: a process was killed.
     """
     gc.freeze()  # else the collector of each process looks at the whole listing again and again
-    shards, faults = found.shards, Faults(report)
-    for kind, name in found.faults:
-        faults.add(kind, name, name)
-    listed = listing.samples if listing else NO_SAMPLES  # never an empty one
-    source, transform = (listing.source, listing.transform) if listing else ("", None)
-    total = (count_uneven if transform else count_shards)(shards, listed)
-    tasks = (
-        Task(shard, decode, source, deal(listed, shard_number(shard), total), transform)
-        for shard in shards
-    )
-    here = set(map(shard_number, shards))
-    for number in sorted(set(range(total)) - here) if found.whole else ():
-        faults.add("missing shard", shard_name(number), shard_name(number))
-    folders = {os.path.dirname(shard) for shard in shards}
+    faults, listed = Faults(report), listing.samples if listing else NO_SAMPLES
+    transform = listing.transform if listing else None
+    if record and listing:
+        compare_function(record, transform)
+    total = _compare_shards(found, record, listed, bool(transform), faults)
+    folders = {os.path.dirname(shard) for shard in found.shards}
     label = os.path.basename if len(folders) == 1 else str  # of a shard, in messages
     checked: list[Checked] = []
-    try:
-        # A process that is forked from one that used a store cannot use it.
-        remote = dataset_at(shards[0]).REMOTE or source_at(source).REMOTE
-        method = "spawn" if remote else None
-        for shard in _check_in_parallel(tasks, min(num_workers, len(shards)), method):
-            progress()
-            checked.append(shard)
-            for kind, name, text in shard.faults:
-                faults.add(kind, name, f"{label(shard.path)}: {text}")
-    except BrokenProcessPool:
-        reason = "is there memory for --num-workers?"
-        raise PackError(f"a checking process was killed; {reason}") from None
+    tasks = _tasks(found, listing, record, total, decode, hashing)
+    for shard in _check_each(found, listing, tasks, hashing and not listing, num_workers):
+        progress()
+        checked.append(shard)
+        for kind, name, text in shard.faults:
+            faults.add(kind, name, f"{label(shard.path)}: {text}")
     if not transform:  # whose fields were compared, sample by sample
         compare_fields(checked, fields, faults, label)
     with stage("comparing keys", "samples", len(listed)) as comparing:
@@ -113,18 +112,77 @@ def check_dataset(
     return checked, faults
 
 
+def _compare_shards(
+    found: Found, record: Record | None, listed: Samples, uneven: bool, faults: Faults
+) -> int:
+    """Note what is wrong with the names and sizes of shards; return how many there must be."""
+    for kind, name in found.faults:
+        faults.add(kind, name, name)
+    if record:
+        total = len(record.shards)
+    else:
+        total = (count_uneven if uneven else count_shards)(found.shards, listed)
+    here = set(map(shard_number, found.shards))
+    for number in sorted(set(range(total)) - here) if found.whole else ():
+        faults.add("missing shard", shard_name(number), shard_name(number))
+    for name, what in disagreements(record, found) if record else ():
+        if what != MISSING:
+            faults.add(DISAGREES, name, f"{name}: {what}")
+    return total
+
+
+def _tasks(
+    found: Found,
+    listing: Listing | None,
+    record: Record | None,
+    total: int,
+    decode: bool,
+    hashing: bool,
+) -> Iterator[Task]:
+    """Yield what there is to do for each shard; those that are one more have no checksum."""
+    source, transform = (listing.source, listing.transform) if listing else ("", None)
+    listed = listing.samples if listing else NO_SAMPLES
+    for shard in found.shards:
+        number = shard_number(shard)
+        if number < total:
+            due = record.shards[number] if record else None
+            dealt = deal(listed, number, total)
+            yield Task(shard, decode, source, dealt, transform, hashing, due)
+        elif listing or not hashing:
+            yield Task(shard, decode, source, hashing=hashing)
+
+
+def _check_each(
+    found: Found, listing: Listing | None, tasks: Iterator[Task], sums: bool, num_workers: int
+) -> Iterator[Checked]:
+    """Yield what becomes of each task; of checksums alone, if only they are compared.
+
+    Raises:
+        PackError: a process was killed.
+    """
+    source = listing.source if listing else ""
+    # A process that is forked from one that used a store cannot use it.
+    remote = dataset_at(found.shards[0]).REMOTE or source_at(source).REMOTE
+    work, workers = compare_checksum if sums else check_shard, min(num_workers, len(found.shards))
+    try:
+        yield from _check_in_parallel(work, tasks, workers, "spawn" if remote else None)
+    except BrokenProcessPool:
+        reason = "is there memory for --num-workers?"
+        raise PackError(f"a checking process was killed; {reason}") from None
+
+
 def _check_in_parallel(
-    tasks: Iterator[Task], num_workers: int, method: str | None
+    work: Callable[[Task], Checked], tasks: Iterator[Task], num_workers: int, method: str | None
 ) -> Iterator[Checked]:
     """Yield the report of each task, in order, from this process or from several."""
     if num_workers == 1:
-        yield from map(check_shard, tasks)
+        yield from map(work, tasks)
         return
     ignore = signal.SIGINT, signal.SIG_IGN
     context = multiprocessing.get_context(method)
     pool = ProcessPoolExecutor(num_workers, context, signal.signal, ignore)
     try:
-        yield from in_order(pool, check_shard, tasks, 2 * num_workers)
+        yield from in_order(pool, work, tasks, 2 * num_workers)
     except BaseException:
         for process in multiprocessing.active_children():
             process.kill()  # else the end of the pool waits until their shards are checked
@@ -232,3 +290,35 @@ def compare_fields(
             for key in keys if shape(found) != usual else ():
                 text = f"{label(report.path)}: {key!r} has {', '.join(found)}"
                 faults.add(kind, key, text)
+
+
+def write_checksums(
+    path: str, record: Record | None, listing: Listing | None, result: Result
+) -> str:
+    """Write the checksums of proved shards into their record, which is made if missing.
+
+    Returns:
+        What is said of the checksums of a sound dataset.
+    """
+    checked, faults = result
+    if not listing:
+        return ", as its checksums say"
+    if faults.numbers:
+        return ""
+    if record:
+        pairs = zip(record.shards, checked, strict=True)
+        shards = [shard._replace(sha256=each.sha256) for shard, each in pairs]
+        record = record._replace(shards=shards)
+    else:
+        plan = digest_plan(plan_of(listing, len(checked)), listing.samples)
+        record = of_run(plan, map(_staged, checked))
+    dataset_at(path).write_record(path, dump(record))
+    return "; checksums written"
+
+
+def _staged(checked: Checked) -> Staged:
+    """Return what a proved shard carried for the record, when it was packed."""
+    fields: Counter[str] = Counter()
+    for names, (number, _) in checked.field_sets.items():
+        fields.update(dict.fromkeys(names, number))
+    return Staged(checked.size, checked.stamp, len(checked.dropped), fields, checked.sha256)

@@ -18,9 +18,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 from sharding.archive import Damaged
 from sharding.decoding import decode_member, is_text
+from sharding.messages import count
 from sharding.pack import write_samples
 from sharding.places import dataset_at, source_at
 from sharding.reading import KEY, walk
+from sharding.record import DISAGREES, Packed
 from sharding.samples import Samples, Transform, split_name
 from sharding.transform import transformed
 
@@ -38,6 +40,8 @@ class Task(NamedTuple):
     source: str = ""
     samples: Samples = NO_SAMPLES  # that the source, if any, has for this shard
     transform: Transform | None = None  # on each of them
+    hashing: bool = False  # give the checksum, and the stamp of the files
+    due: Packed | None = None  # what the shard must be, by the record
 
 
 class Checked(NamedTuple):
@@ -54,35 +58,74 @@ class Checked(NamedTuple):
     sound: bool = True  # webdataset can read it
     proved: bool = False  # byte for byte what the source makes it
     dropped: Sequence[str] = ()  # keys, by the function
+    sha256: str = ""  # this and the next: if they were asked for
+    stamp: str = ""
 
 
 def check_shard(task: Task) -> Checked:
     """Check one shard: as a whole, if the source says what it must be, or member by member."""
     with dataset_at(task.path).open_shard(task.path, 1 << 16) as (stream, size, _):
         if task.samples and not task.decode:
-            try:
-                samples, transform = task.samples, task.transform
-                same = _Comparison(stream)
-                _, dropped = write_samples(same, task.source, samples, transform=transform)
-                if not stream.read(1) and dropped < len(samples):
-                    return _proved_of(task, stream, size) if transform else _proved(task, size)
-            except Damaged:
-                pass
+            same, samples = _Comparison(stream, task.hashing), task.samples
+            transform = task.transform
+            with contextlib.suppress(Damaged):
+                written = write_samples(same, task.source, samples, transform=transform)
+                if not stream.read(1) and written.dropped < len(samples):
+                    proved = _proved_of(task, stream, size) if transform else _proved(task, size)
+                    sha256 = same.sha256.hexdigest() if task.hashing else ""
+                    proved = proved._replace(sha256=sha256, stamp=written.stamp)
+                    return _compare_number(task, proved)
             stream.seek(0)
-        return check_members(task, stream, size)
+        checked = check_members(task, stream, size)
+        if not task.hashing or checked.faults:
+            return _compare_number(task, checked)
+        stream.seek(0)
+        stamp = source_at(task.source).stamp_of(task.source, task.samples)
+        checked = checked._replace(sha256=_sha256(stream), stamp=stamp)
+        return _compare_number(task, checked)
+
+
+def _compare_number(task: Task, checked: Checked) -> Checked:
+    """Return the same, with a fault if the record says another number of samples."""
+    if not task.due or not checked.sound or checked.samples == task.due.samples:
+        return checked
+    what = f"has {count(checked.samples, 'sample')}, not {task.due.samples:,}"
+    fault = (DISAGREES, os.path.basename(task.path), what)
+    return checked._replace(faults=[*checked.faults, fault])
+
+
+def compare_checksum(task: Task) -> Checked:
+    """Compare a shard with its checksum, and look at nothing in it."""
+    assert task.due
+    shard, due = os.path.basename(task.path), task.due
+    with dataset_at(task.path).open_shard(task.path) as (stream, size, _):
+        wrong = _sha256(stream) != due.sha256
+    fault = ("bytes differ from the checksum", shard, f"SHA-256 is not {due.sha256}")
+    return Checked(task.path, size, (), due.samples, {}, [fault] if wrong else [])
+
+
+def _sha256(stream: BinaryIO) -> str:
+    seen = hashlib.sha256()
+    while piece := stream.read(4 << 20):
+        seen.update(piece)
+    return seen.hexdigest()
 
 
 class _Comparison(io.BytesIO):
     """A stream to write to that compares what is written with what a file holds."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, hashing: bool = False) -> None:
         super().__init__()
         self.stream = stream
+        self.hashing = hashing
+        self.sha256 = hashlib.sha256()
 
     def write(self, data: Any) -> int:
         """Compare the next bytes."""
         if self.stream.read(len(data)) != data:
             raise Damaged("differs")
+        if self.hashing:
+            self.sha256.update(data)
         return len(data)
 
 

@@ -28,6 +28,7 @@ from stores.servers import KEYS as KEYS
 from stores.servers import SCHEME, STORE, bucket_of
 
 from create_webdataset import create_webdataset
+from sharding.record import RECORD
 from sharding.run import Run
 from sharding.shards import Progress, Shard
 
@@ -80,11 +81,11 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def hashes(folder: Path, pattern: str = "**/*") -> dict[str, str]:
-    """Return the sha256 of every file below a folder, by its path."""
+    """Return the sha256 of every file below a folder but the record, by its path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.glob(pattern))
-        if path.is_file()
+        if path.is_file() and path.name != RECORD
     }
 
 
@@ -219,11 +220,13 @@ class Bucket(NamedTuple):
         return f"{self.url}/{below}".rstrip("/")
 
     def hashes(self, below: str = "") -> dict[str, str]:
-        """Return the sha256 of every object below the prefix, by its key."""
+        """Return the sha256 of every object below the prefix but the record, by its key."""
         prefix = f"{self.prefix}/{below}".rstrip("/")
         found = {}
         for item in obstore.list(self.store, prefix=prefix).collect():
             key = item["path"]
+            if key.endswith(RECORD):
+                continue
             with contextlib.suppress(FileNotFoundError):  # the last request of a killed run
                 data = obstore.get(self.store, key).bytes()
                 found[key[len(prefix) + 1 :]] = hashlib.sha256(data).hexdigest()

@@ -133,7 +133,7 @@ def test_damaged_plan_of_an_old_run(plan: str, tmp_path: Path) -> None:
     flags = ["--source", source, "--output", tmp_path / "o"]
     done = run_script("run_parallel.sh", *flags, "--resume")
     assert done.returncode == 0, done.stderr
-    assert len(os.listdir(tmp_path / "o")) == 4
+    assert len(os.listdir(tmp_path / "o")) == 5
 
 
 def test_escapes_in_flags(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

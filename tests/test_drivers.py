@@ -24,6 +24,7 @@ from sharding.errors import PackError
 from sharding.folder.dataset import staging_folders
 from sharding.folder.mounts import lock_output
 from sharding.folder.staging import staged_shards
+from sharding.record import RECORD
 from sharding.run import STOPPING, finish
 from sharding.shards import shard_name
 
@@ -47,8 +48,8 @@ def packed_by_bash(source_1003: Path, tmp_path_factory: pytest.TempPathFactory) 
     return output
 
 
-def test_output_holds_shards_and_nothing_else(packed_by_bash: Path) -> None:
-    assert sorted(os.listdir(packed_by_bash)) == [shard_name(shard) for shard in range(5)]
+def test_output_holds_shards_and_their_record(packed_by_bash: Path) -> None:
+    assert sorted(os.listdir(packed_by_bash)) == [RECORD, *map(shard_name, range(5))]
 
 
 def test_ray_gives_the_same_bytes(
@@ -96,7 +97,7 @@ def test_defaults_from_any_directory(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
     assert len(list((project / "source_data").iterdir())) == 20
-    assert len(list((project / "webdataset_output").iterdir())) == 4
+    assert len(list((project / "webdataset_output").iterdir())) == 5
 
 
 def test_the_digits_of_a_name_are_one_constant(tmp_path: Path) -> None:
@@ -106,12 +107,17 @@ def test_the_digits_of_a_name_are_one_constant(tmp_path: Path) -> None:
     flags = ["--source", source, "--output", tmp_path / "o", "--num-shards=2"]
     done = run_script(project / "run_parallel.sh", *flags)
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(tmp_path / "o")) == ["shard-00000000.tar", "shard-00000001.tar"]
+    assert sorted(os.listdir(tmp_path / "o")) == [
+        RECORD,
+        "shard-00000000.tar",
+        "shard-00000001.tar",
+    ]
     read = ["--path", tmp_path / "o", "--source", source]
     done = run_script(project / "read_webdataset.py", *read)
     assert done.returncode == 0 and "4 samples in 2 shards" in done.stdout, done
     done = run_script(project / "run_parallel.sh", *flags[:4], "--num-shards=1", "--resume")
-    assert os.listdir(tmp_path / "o") == ["shard-00000000.tar"], "an older, larger set goes"
+    left = [RECORD, "shard-00000000.tar"]
+    assert sorted(os.listdir(tmp_path / "o")) == left, "an older, larger set goes"
     done = run_script("read_webdataset.py", *read[:2])
     assert done.returncode == 2 and "no shard-*.tar" in done.stderr
 
@@ -145,7 +151,7 @@ def test_odd_folder_names(name: str, tmp_path: Path) -> None:
     flags = [f"--source={source.name}", f"--output={name}-out", "--num-workers=2"]
     done = run_script("run_parallel.sh", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert len(os.listdir(tmp_path / f"{name}-out")) == 2
+    assert len(os.listdir(tmp_path / f"{name}-out")) == 3
 
 
 USAGE = [
@@ -291,7 +297,7 @@ def test_an_array_job_with_relative_paths(tmp_path: Path) -> None:
     for step in (["create_webdataset.py", "--shard-id=0"], ["sharding", "publish"]):
         done = run_script(*step, "--run", run, cwd="/")
         assert done.returncode == 0, done.stderr
-    assert os.listdir(tmp_path / "o") == [shard_name(0)]
+    assert sorted(os.listdir(tmp_path / "o")) == [RECORD, shard_name(0)]
 
 
 def test_a_run_that_is_no_run(tmp_path: Path) -> None:
@@ -366,7 +372,7 @@ def test_two_versions_of_a_shard(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(run)
     done = run_script("sharding", "publish", "--run", tmp_path / "link")
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(output)) == [shard_name(n) for n in range(3)]
+    assert sorted(os.listdir(output)) == [RECORD, *map(shard_name, range(3))]
 
 
 def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
@@ -383,7 +389,7 @@ def test_an_output_that_is_not_utf_8(tmp_path: Path) -> None:
     source, output = write_pairs(tmp_path / "source", 9), os.fsdecode(bytes(tmp_path) + b"/\xff")
     flags = ["--source", source, "--output", output]
     done = run_script("run_parallel.sh", *flags)
-    assert done.returncode == 0 and len(os.listdir(output)) == 4, done
+    assert done.returncode == 0 and len(os.listdir(output)) == 5, done
     done = run_script("create_with_ray.py", *flags)
     assert done.returncode == 2 and "Ray cannot take a path that is not UTF-8" in done.stderr
 
@@ -468,7 +474,7 @@ def test_a_signal_while_it_publishes(tmp_path: Path) -> None:
     more = {"env": {"PYTHON": str(wrapper)}, "start_new_session": True}  # of which 0 is all
     done = run_script("run_parallel.sh", *flags, **more)
     assert done.returncode == 0 and "4 samples in 4 shards" in done.stdout, done
-    assert not done.stderr and len(os.listdir(tmp_path / "o")) == 4
+    assert not done.stderr and len(os.listdir(tmp_path / "o")) == 5
 
 
 def test_a_killed_worker_is_named(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from sharding.folder import run as folder_run
 from sharding.listing import list_samples
 from sharding.messages import explain
 from sharding.plan import PLAN
+from sharding.record import RECORD
 from sharding.run import STOPPING
 from sharding.run import start as start_run
 from sharding.shards import PARTIAL_PATTERN, SHARD_PATTERN, STAGED_PATTERN, shard_name
@@ -317,7 +318,7 @@ def test_full_disk(driver: str, small_disk: Path, old_and_new, tmp_path: Path) -
     few = write_pairs(tmp_path / "few", 10)
     assert run_script("run_parallel.sh", *flags(few, small_disk / "o")).returncode == 0
     before = hashes(small_disk / "o")
-    done = run_script(driver, *flags(old_and_new[0], small_disk / "o"))
+    done = run_script(driver, *flags(old_and_new[0], small_disk / "o", "--replace"))
     assert done.returncode == 1 and "No space left on device" in done.stderr
     assert all(line.startswith(("Shard ", driver, "create_")) for line in done.stderr.splitlines())
     assert shards(small_disk / "o") == before
@@ -404,14 +405,17 @@ def test_synced_before_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert synced.read_bytes() == Path(run.path, PLAN).read_bytes()
     pack_shard_of(run, 0)
     run.finish()
-    assert calls[:9] == [
+    assert calls[:15] == [
         "show .webdataset-STAMP",  # empty: so folders can be renamed there
         "sync plan-new",
         "sync .shard-00000",
         "show shard-000000.STAMP",  # in the staging folder
         "show .webdataset-STAMP",  # late tasks find their folder gone
-        "sync .webdataset-",
+        *("sync .webdataset-", "show .webdataset-record", "sync .webdataset-"),
+        "sync .webdataset-",  # with the mark that they are being moved
+        *("drop .webdataset-record", "sync out"),  # that of the shards that go
         "show shard-000000.tar",
+        "show .webdataset-record",
         "sync out",
         "show .webdataset-gone-STAMP",
     ]
@@ -513,7 +517,7 @@ def test_direct_packing_clears_its_own_leftovers(tmp_path: Path) -> None:
     left = [".shard-000000-mine", ".shard-000001-01234567", "shard-000000.tar"]
     assert sorted(os.listdir(output)) == left
     assert run_script("run_parallel.sh", *flags[:2], "--num-shards=1").returncode == 0
-    assert sorted(os.listdir(output)) == [left[0], left[2]], "a run clears all"
+    assert sorted(os.listdir(output)) == [left[0], RECORD, left[2]], "a run clears all"
 
 
 @pytest.mark.parametrize("driver", MOSTLY_BASH)
@@ -526,7 +530,7 @@ def test_a_file_system_without_locks(driver: str, number: int, preload: str, tmp
     done = run_script(driver, *flags(source, tmp_path / "o"), env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1 and "two runs would not see each other" in done.stderr
-    assert len(os.listdir(tmp_path / "o")) == 2
+    assert len(os.listdir(tmp_path / "o")) == 3
 
 
 def test_a_dead_run_without_locks(preload: str, tmp_path: Path) -> None:
@@ -555,7 +559,7 @@ def test_a_file_system_that_cannot_sync_a_folder(number: int, preload: str, tmp_
     environment = {"LD_PRELOAD": preload, "FSYNC_ERRNO": str(number)}
     done = run_script("run_parallel.sh", *flags(source, tmp_path / "o"), env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(os.listdir(tmp_path / "o")) == 2
+    assert len(os.listdir(tmp_path / "o")) == 3
     direct = ["--source", source, "--output", tmp_path / "o", "--shard-id=0", "--total-shards=2"]
     done = run_script("create_webdataset.py", *direct, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
@@ -649,4 +653,4 @@ def test_a_publishing_that_cannot_begin(preload: str, tmp_path: Path) -> None:
     assert read_webdataset.main(["--path", str(output), "--quiet"]) == 0
     done = run_script("sharding", "publish", "--run", run)
     assert done.returncode == 0, done.stderr
-    assert len(os.listdir(output)) == 2
+    assert len(os.listdir(output)) == 3

@@ -20,6 +20,7 @@ from sharding.errors import InputError
 from sharding.folder import dataset as folder
 from sharding.folder.mounts import LOCK
 from sharding.plan import PLAN
+from sharding.record import RECORD
 from sharding.shards import shard_name
 
 GROUP, COLLEAGUE = 64_001, 64_002  # ids that nobody has
@@ -55,7 +56,7 @@ def test_inode_numbers_that_change(preload: str, tmp_path: Path) -> None:
             timeout=30,
         )
         assert (done.returncode, done.stderr) == (0, ""), done
-        assert sorted(os.listdir(output)) == FEW
+        assert sorted(os.listdir(output)) == [RECORD, *FEW]
     code = (
         "import sys; from sharding.folder.dataset import identify; "
         "assert identify(sys.argv[1:]) == identify(sys.argv[1:])"
@@ -72,7 +73,8 @@ def test_a_dataset_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
     found = []
     for seed in range(2):
         source = write_pairs(tmp_path / f"source-{seed}", 8, seed=seed)
-        assert run_script("run_parallel.sh", *flags(source, tmp_path / "o")).returncode == 0
+        done = run_script("run_parallel.sh", *flags(source, tmp_path / "o", "--replace"))
+        assert done.returncode == 0, done
         found.append(folder.identify([str(tmp_path / "o" / name) for name in FEW]))
     assert found[0] != found[1]
 
@@ -98,10 +100,10 @@ def test_what_cannot_be_cleared_up(
         assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
         assert "All shards created." in done.stdout
         assert read_webdataset.main(["--path", str(output), "--source", str(source)]) == 0
-    assert len(os.listdir(output)) > 2
+    assert len(os.listdir(output)) > 3
     done = run_script("run_parallel.sh", *flags(source, output))
     assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(os.listdir(output)) == FEW
+    assert sorted(os.listdir(output)) == [RECORD, *FEW]
 
 
 def test_a_path_that_answers_with_an_error(preload: str, tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_a_mount_that_renames_no_folders(number: int, preload: str, tmp_path: Pa
         done = run_script(script, *more, *flags(source, output), env=odd)
         assert (done.returncode, done.stdout) == (2, ""), done
         assert "cannot rename folders" in done.stderr and done.stderr.count("\n") == 1
-        assert hashes(output) == before and sorted(os.listdir(output)) == FEW
+        assert hashes(output) == before and sorted(os.listdir(output)) == [RECORD, *FEW]
 
 
 @pytest.mark.parametrize("publishing", [False, True])
@@ -189,7 +191,7 @@ def test_a_run_that_was_moved_in_part(publishing: bool, tmp_path: Path, capfd) -
     done = run_script("run_parallel.sh", *flags(source, output, *more))
     assert done.returncode == 0, done
     assert ("the plan is gone; packing all afresh" in done.stderr) is publishing
-    assert sorted(os.listdir(output)) == FEW
+    assert sorted(os.listdir(output)) == [RECORD, *FEW]
 
 
 def test_a_prefix_inside_the_source(bucket: Bucket, tmp_path: Path) -> None:
@@ -232,7 +234,7 @@ def test_a_run_of_a_lower_layer_is_published(overlay: Path, tmp_path: Path) -> N
         os.rename(overlay / "o" / job.name, overlay / "o" / "elsewhere")
     done = run_script("sharding", "publish", "--run", overlay / "o" / job.name)
     assert (done.returncode, done.stderr) == (0, ""), done
-    assert sorted(os.listdir(overlay / "o")) == FEW
+    assert sorted(os.listdir(overlay / "o")) == [RECORD, *FEW]
 
 
 @pytest.mark.parametrize("more", [[], ["--replace"]], ids=["go on", "replace"])
@@ -244,7 +246,7 @@ def test_a_killed_run_of_a_lower_layer(more: list[str], overlay: Path, tmp_path:
     done = run_script("run_parallel.sh", *flags(source, overlay / "o", "--num-shards=200", *more))
     assert done.returncode == 0, done.stderr
     assert ("kept" in done.stdout) is (not more) and ("removed" in done.stderr) is bool(more), done
-    assert len(os.listdir(overlay / "o")) == 200
+    assert len(os.listdir(overlay / "o")) == 201
 
 
 def kill_a_run(source: Path, output: Path) -> Path:
@@ -282,7 +284,7 @@ def test_an_rclone_mount(rclone_mount: Path, tmp_path: Path) -> None:
     for _ in range(4):  # before, three of seven failed
         done = run_script("run_parallel.sh", *flags(source, output, "--num-shards=8"))
         assert (done.returncode, done.stderr) == (0, ""), done
-        assert len(os.listdir(output)) == 8
+        assert len(os.listdir(output)) == 9
     assert read_webdataset.main(["--path", str(output), "--source", str(source), "--quiet"]) == 0
 
 
@@ -363,4 +365,4 @@ def test_a_killed_run_of_a_colleague(mode: int | None, shared: Path, tmp_path: P
         left.chmod(0o2775)
         done = run_script("run_parallel.sh", *again, prefix=member)
     assert (done.returncode, done.stderr) == (0, ""), done
-    assert "kept" in done.stdout and len(os.listdir(shared)) == 200
+    assert "kept" in done.stdout and len(os.listdir(shared)) == 201

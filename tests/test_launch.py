@@ -130,7 +130,7 @@ def test_a_link_to_a_script(tmp_path: Path) -> None:
         (tmp_path / "bin" / name).symlink_to(f"../{name}")
         done = run_script(tmp_path / "bin" / name, cwd="/")
         assert done.returncode == 0, done.stderr
-    assert len(list((project / "webdataset_output").iterdir())) == 4
+    assert len(list((project / "webdataset_output").iterdir())) == 5
 
 
 def test_a_copy_of_run_parallel(tmp_path: Path) -> None:

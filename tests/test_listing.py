@@ -41,6 +41,7 @@ from sharding.faults import open_report
 from sharding.folder import ahead as ahead_room
 from sharding.folder import walk
 from sharding.listing import list_samples
+from sharding.record import RECORD
 
 
 def packed(output: Path) -> dict[str, bytes]:
@@ -91,6 +92,7 @@ def test_alternatives(driver: str, tmp_path: Path) -> None:
     assert packed(tmp_path / "o") == expected
     done = run_script("read_webdataset.py", "--path", tmp_path / "o", fields, "--quiet")
     assert done.returncode == 0, "counts, and no faults"
+    (tmp_path / "o" / RECORD).unlink()
     done = run_script("read_webdataset.py", "--path", tmp_path / "o", "--quiet")
     assert done.returncode == 1 and "fields differ from those of other samples" in done.stderr
     touch(source, "3.png")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset as wds
-from conftest import write_pairs
+from conftest import touch, write_pairs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -201,14 +201,14 @@ def test_errors_name_the_sample(tmp_path: Path) -> None:
 @pytest.mark.parametrize("decode", ["PIL", "pillow", "torchRGB", "", True])
 def test_spellings_of_decode(decode: object, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"choose None, or one of .*pilrgb, .*torchrgb"):
-        open_webdataset(tmp_path, decode=decode)  # type: ignore[arg-type]
+        open_webdataset(touch(tmp_path, "shard-000000.tar"), decode=decode)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec("torch")), reason="torch is here")
 def test_torch_is_missed_at_once(tmp_path: Path) -> None:
     for decode in ("torchrgb", {"jpg": "torchl8"}):
         with pytest.raises(InputError, match=r"No module named 'torch'; run: pip install torch"):
-            open_webdataset(tmp_path, decode=decode)
+            open_webdataset(touch(tmp_path, "shard-000000.tar"), decode=decode)
 
 
 def test_training_pipeline_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

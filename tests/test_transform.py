@@ -31,6 +31,8 @@ from sharding.batch import Batch
 from sharding.errors import InputError, PackError
 from sharding.listing import list_samples
 from sharding.messages import explain
+from sharding.places import dataset_at
+from sharding.record import RECORD
 from sharding.run import Run, load, start
 from sharding.samples import Samples
 from sharding.shards import shard_name
@@ -151,6 +153,9 @@ def test_the_bytes_of_a_plain_loop(way: str, place, tmp_path: Path) -> None:
         assert sum(packed) == 26 and len(set(packed)) > 1
         for shard_id, number in enumerate(packed):
             assert f"Shard {shard_id} created with {number} samples.\n" in done.stdout, done
+    if way in ("bash", "ray", "array job"):
+        leave((source, tmp_path / "o2", file), (0, 1, 2, 3)).finish()
+        assert (output / RECORD).read_bytes() == (tmp_path / "o2" / RECORD).read_bytes()
     assert "seen" not in done.stdout
     if way in ("bash", "one command"):
         assert done.stderr.count("seen ") == 41, "one call in preflight, then one a sample"
@@ -502,6 +507,7 @@ def test_going_on(driver: str, place) -> None:
     (fresh := place[0].parent / "fresh").mkdir()
     assert run_script("run_parallel.sh", *flags_of((place[0], fresh, place[2]))).returncode == 0
     assert hashes(place[1]) == hashes(fresh)
+    assert (place[1] / RECORD).read_bytes() == (fresh / RECORD).read_bytes()
     for shard_id in (0, 2):
         packed = len(members(fresh / shard_name(shard_id))) // 3
         assert f"Shard {shard_id} kept with {packed} samples.\n" in done.stdout
@@ -585,6 +591,7 @@ def test_a_bucket_at_either_end(bucket: Bucket, place, tmp_path: Path) -> None:
     url = bucket.upload(source, "raw/")
     done = run_script("run_parallel.sh", *flags_of((url, tmp_path / "o2", file)))
     assert done.returncode == 0 and hashes(tmp_path / "o2") == hashes(output), done
+    expected = (tmp_path / "o2" / RECORD).read_bytes()
     there = f"{bucket.url}/out"
     listing = list_samples(url, transform=f"{file}:change")
     run = start(listing, output=there, total_shards=4, driver=os.getpid())
@@ -599,6 +606,7 @@ def test_a_bucket_at_either_end(bucket: Bucket, place, tmp_path: Path) -> None:
     done = run_script("run_parallel.sh", *flags)
     assert done.returncode == 0 and done.stdout.count(" kept ") == 2, done
     assert "26 samples in 4 shards" in done.stdout and "; 14 dropped by change" in done.stdout
+    assert dataset_at(there).read_record(there) == expected
     assert bucket.hashes("out/") == hashes(output)
 
 
@@ -633,8 +641,12 @@ def test_the_proof(more: list[str], packed) -> None:
 
 
 def test_the_proof_needs_the_function(packed) -> None:
-    """No code is run from a shard; without --transform, files and shards differ."""
-    done = run_script("read_webdataset.py", "--path", packed[1], "--source", packed[0], "--quiet")
+    """No code is run from a record or a shard; without either, files and shards differ."""
+    flags = ["--path", packed[1], "--source", packed[0], "--quiet"]
+    done = run_script("read_webdataset.py", *flags)
+    assert done.returncode == 2 and "give --transform FILE.py:change" in done.stderr, done
+    (packed[1] / RECORD).unlink()
+    done = run_script("read_webdataset.py", *flags)
     assert done.returncode == 1 and "fields differ from the source" in done.stderr, done
     done = run_script(
         "read_webdataset.py", "--path", packed[1], "--quiet", f"--transform={packed[2]}:change"
@@ -648,7 +660,8 @@ def test_the_proof_needs_the_function(packed) -> None:
 def repack(
     shard: Path, change: Callable[[list[tuple[str, bytes]]], list[tuple[str, bytes]]]
 ) -> None:
-    """Write a shard again, with other members."""
+    """Write a shard again, with other members, and no record that says so at once."""
+    (shard.parent / RECORD).unlink()
     some = change(list(members(shard).items()))
     with open(shard, "wb") as stream, FastTarWriter(stream) as sink:
         sink.write_members(*map(list, zip(*some, strict=True)))
@@ -684,6 +697,12 @@ def test_faults_of_what_a_function_made(change, said: str, packed) -> None:
 
 
 def test_another_function_is_a_fault(packed) -> None:
+    """Unless it gives the same: the record names it, and the proof goes on."""
+    packed[2].write_text(f"{TEXT}\n# more words")
+    done = prove(packed)
+    said = r"warning: --transform is change [0-9a-f]{12}; its record says that change [0-9a-f]{12} "
+    assert done.returncode == 0, done
+    assert_matches(said, done.stderr)
     packed[2].write_text(TEXT.replace("[::-1]", "[:]"))
     done = prove(packed)
     assert done.returncode == 1 and "bytes differ from the source: and 21 more" in done.stderr, done

@@ -31,7 +31,7 @@ REMOVE = "it and all objects beside it"  # to give up a run whose plan is damage
 PROBE = ".webdataset-probe-"  # and the id of a run: what it tries a store on
 
 RUN = re.compile(r"(.*)/\.webdataset-([0-9a-f]{16})")  # how a run is named: its prefix, its id
-_MARK = re.compile(rb"published by ([0-9a-f]{16}): ([0-9]+)\n")
+_MARK = re.compile(rb"published by ([0-9a-f]{16}): ([0-9]+)\n")  # and the dataset's record
 
 
 class Mark(NamedTuple):
@@ -39,6 +39,7 @@ class Mark(NamedTuple):
 
     run: str
     total_shards: int
+    record: bytes  # of the dataset
 
 
 def read_claim(output: str) -> tuple[Plan | Mark | None, str | None]:
@@ -51,8 +52,8 @@ def read_claim(output: str) -> tuple[Plan | Mark | None, str | None]:
             return None, None
     with open_plan(output, item) as stream:
         line = stream.readline()
-    if mark := _MARK.fullmatch(line):
-        return Mark(mark[1].decode(), int(mark[2])), quoted(item["e_tag"])
+        if mark := _MARK.fullmatch(line):
+            return Mark(mark[1].decode(), int(mark[2]), stream.read()), quoted(item["e_tag"])
     return load_plan(io.BytesIO(line), f"{output}/{PLAN}", REMOVE), quoted(item["e_tag"])
 
 
@@ -136,10 +137,13 @@ def check_own(path: str) -> Any:
     return item
 
 
-def mark_published(path: str, total_shards: int) -> None:
-    """Put a mark in the place of a run's plan; from then on nobody can take the run over."""
+def mark_published(path: str, total_shards: int, record: bytes | None) -> None:
+    """Put a mark in the place of a run's plan; from then on nobody can take the run over.
+
+    It holds the record, so that whoever comes after a kill can put that beside the shards.
+    """
     output, run = split_run(path)
-    mark = b"published by %s: %d\n" % (run.encode(), total_shards)
+    mark = b"published by %s: %d\n%s" % (run.encode(), total_shards, record or b"")
     if not swap(path, mark, own_plan(path)[1]):
         check_own(path)
         why = f"the store refuses to replace {PLAN!r} (If-Match), though no other run has"

@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 import obstore
 
 from sharding.apart import answer, ask
-from sharding.bucket.store import check_bucket, connect, saying, split
+from sharding.bucket.store import check_bucket, connect, delete, saying, split
 from sharding.bucket.streams import FIRST_RANGE, LARGEST_RANGE, Ranges
 from sharding.errors import PackError
+from sharding.record import RECORD
 from sharding.shards import SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards, shard_number
 from sharding.urls import canonical
 
@@ -27,29 +28,33 @@ UNFINISHED = "a run is not finished; finish it with --resume"
 
 def find_shards(path: str) -> Found:
     """Return the shards at a prefix, or those that a pattern names."""
-    shards, faults, whole = ask("sharding.bucket.dataset", "shards", path)
-    return Found(shards, [(kind, name) for kind, name in faults], whole)
+    shards, faults, whole, record, sizes = ask("sharding.bucket.dataset", "shards", path)
+    data = None if record is None else record.encode("latin-1")
+    return Found(shards, [(kind, name) for kind, name in faults], whole, data, sizes)
 
 
-def list_shards(url: str) -> Found:
-    """List the shards at a prefix, in this process."""
+def list_shards(url: str) -> tuple[Any, ...]:
+    """List the shards at a prefix, in this process; return what `Found` takes, as plain JSON."""
     check_bucket(url)
     folder, pattern = canonical(url), ""
-    names = list(objects_at(folder))
-    if not names:  # the last part is a pattern, or the shard itself
+    items = objects_at(folder)
+    if not items:  # the last part is a pattern, or the shard itself
         folder, _, pattern = folder.rpartition("/")
-        names = list(objects_at(folder)) if split(url)[1] else []
+        items = objects_at(folder) if split(url)[1] else {}
+    names = list(items)
     if PLAN in names:
         raise PackError(f"{folder!r}: {UNFINISHED}")
     if pattern:
         names = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    shards = [f"{folder}/{name}" for name in names if SHARD_PATTERN.fullmatch(name)]
+    shards = sorted(filter(SHARD_PATTERN.fullmatch, names), key=shard_number)
     strays = [n for n in names if STRAY_PATTERN.fullmatch(n) and not SHARD_PATTERN.fullmatch(n)]
     if not shards:
         raise no_shards(url, names, "pack some")
-    return Found(
-        sorted(shards, key=shard_number), [(STRAY, n) for n in sorted(strays)], not pattern
-    )
+    data = read_record(folder) if RECORD in items and not pattern else None
+    record = None if data is None else data.decode("latin-1")
+    sizes = [] if data is None else [int(items[name]["size"]) for name in shards]
+    faults = [(STRAY, name) for name in sorted(strays)]
+    return [f"{folder}/{name}" for name in shards], faults, not pattern, record, sizes
 
 
 def objects_at(url: str) -> dict[str, Any]:
@@ -96,6 +101,26 @@ def shard_size(path: str) -> int:
     bucket, key = split(path)
     with saying(path):
         return int(obstore.head(connect(bucket), key)["size"])
+
+
+def read_record(path: str) -> bytes | None:
+    """Return the record at a prefix, if there is one; in this process."""
+    bucket, key = split(f"{canonical(path)}/{RECORD}")
+    with saying(path):
+        try:
+            return bytes(obstore.get(connect(bucket), key).bytes())
+        except FileNotFoundError:
+            return None
+
+
+def write_record(path: str, data: bytes | None) -> None:
+    """Put a record at a prefix, or take it away."""
+    bucket, key = split(f"{canonical(path)}/{RECORD}")
+    with saying(path):
+        if data is None:
+            delete(path, key)
+        else:
+            obstore.put(connect(bucket), key, data)
 
 
 if __name__ == "__main__":

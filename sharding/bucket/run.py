@@ -3,12 +3,12 @@
 While it is not finished, the bucket holds, besides the shards that are there:
 
     .webdataset-plan                                                its claim; see claim.py
-    .webdataset-packed/<samples>/<shard>-<version>-<stamp>-<run>    empty: that shard is finished
+    .webdataset-packed/<samples>/<shard>-<version>-<stamp>-<run>    a note: that shard is finished
 
 The last of these names ends in "-kept" where the run has found the shard of a dead one still true.
 
-Nothing but the shards is left in the end. Each is whole or not there: an upload is atomic. Before
-and after a run completes one, it looks whether the claim is still its own.
+Nothing but the shards and their record is left in the end. Each is whole or not there: an upload is
+atomic. Before and after a run completes one, it looks whether the claim is still its own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import io
 import re
 import secrets
 from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import obstore
 
+from sharding import previous, record
 from sharding.bucket.claim import (
     PROBE,
     REMOVE,
@@ -40,7 +42,7 @@ from sharding.bucket.claim import (
     split_run,
     swap,
 )
-from sharding.bucket.dataset import PLAN, UNFINISHED, objects_at
+from sharding.bucket.dataset import PLAN, UNFINISHED, objects_at, write_record
 from sharding.bucket.store import check_bucket, delete, saying, version_of
 from sharding.bucket.streams import Upload
 from sharding.errors import AlreadyDone, InputError, PackError
@@ -56,6 +58,7 @@ from sharding.plan import (
     not_ended,
     not_packed,
 )
+from sharding.record import Staged, dump_fields, load_fields
 from sharding.samples import Listing, Samples
 from sharding.shards import (
     SHARD_PATTERN,
@@ -73,16 +76,17 @@ from sharding.shards import (
 from sharding.urls import canonical, is_url
 
 PACKED = ".webdataset-packed"
-_RECORD = re.compile(rf"([0-9]+)-([0-9]+[.][0-9a-f]+)-{STAMPED}-([0-9a-f]{{16}})(-kept)?")
+NOTE_THREADS = 16  # each waits for a store; only where a function made the shards
+_NOTE = re.compile(rf"([0-9]+)-([0-9]+[.][0-9a-f]+)-{STAMPED}-([0-9a-f]{{16}})(-kept)?")
 
 
-class Record(NamedTuple):
+class Note(NamedTuple):
     """What the name of an object says of a finished shard."""
 
     key: str
     version: str  # of the shard, as `version_of` gives it
     stamp: str  # of its files
-    dropped: int  # samples that are not in it
+    dropped: int | None  # samples, by a function; the note then holds the fields that came out
     run: str  # that packed it, or
     kept: bool  # found it still true
 
@@ -133,13 +137,15 @@ def begin(
         probe(path)
         if not swap(path, stream.getvalue(), etag):
             raise PackError(f"{output!r}: another run has just taken it over")
-        if replace and (records := _all_records(output)):
-            delete(output, records)
+        if replace and (notes := _all_notes(output)):
+            delete(output, notes)
     else:
         if any(map(SHARD_PATTERN.fullmatch, found)):
-            nothing = "nothing to resume: " if resume else ""
+            look = resume and not replace
+            differs = previous.check_complete(output, plan, samples) if look else []
+            other = f" with {', '.join(differs)}" if differs else ""
             raise InputError(
-                f"{nothing}{argument('output')} {output!r} holds a dataset, and a store has no "
+                f"{argument('output')} {output!r} holds a dataset{other}, and a store has no "
                 "rename, so none is replaced: choose another, or delete that one first"
             )
         probe(path)
@@ -154,8 +160,8 @@ def _check_left(output: str, before: Plan, plan: Plan, replace: bool) -> None:
         InputError: they would.
         PackError: an array job had finished them, or is to be replaced.
     """
-    differs = differences(before, plan)
-    finished = len(_records(f"{output}/.webdataset-{before.run}"))
+    differs = differences(before.made, plan.made)
+    finished = len(_notes(f"{output}/.webdataset-{before.run}"))
     if before.driver is None and (replace or (differs and finished)):
         raise is_array_job(output, before, differs, "delete all that is there")
     if differs and finished and not replace:
@@ -201,6 +207,8 @@ def new_shard(path: str, shard_id: int) -> Iterator[NewShard]:
             with saying(url, also=OSError):
                 upload.writer.flush()  # so that little is left to do after the look at the plan
             check_own(path)
+        new.size = upload.size
+        new.before()
     except BaseException as error:
         with contextlib.suppress(Exception):  # the first error is the one to report
             upload.writer.__exit__(type(error), error, None)
@@ -211,25 +219,25 @@ def new_shard(path: str, shard_id: int) -> Iterator[NewShard]:
         if of_run:
             check_own(path)  # was it taken over? then that is the error
         raise
-    new.path, new.size = url, upload.size
+    new.path = url
     if of_run:
         check_own(path)
         name = f"{shard_id}-{version_of(item)}-{new.stamp}-{run}"
         with saying(url):
-            store, prefix = _records_of(path)
-            obstore.put(store, f"{prefix}/{name}", b"")
+            store, prefix = _notes_at(path)
+            obstore.put(store, f"{prefix}/{name}", dump_fields(new.fields))
 
 
 @functools.lru_cache(maxsize=1)
-def _left_shards(path: str) -> dict[int, list[Record]]:
+def _left_shards(path: str) -> dict[int, list[Note]]:
     """Return what a run that was interrupted had finished; read once in a process."""
-    return _records(path)
+    return _notes(path)
 
 
 def find_left(path: str, shard_id: int, stamp: Callable[[], str]) -> Left | None:
     """Return what a dead run had finished of a shard; see `places.Output`."""
-    records = _left_shards(path).get(shard_id, [])
-    if not records:
+    notes = _left_shards(path).get(shard_id, [])
+    if not notes:
         return None
     output, run = split_run(path)
     url = f"{output}/{shard_name(shard_id)}"
@@ -240,15 +248,14 @@ def find_left(path: str, shard_id: int, stamp: Callable[[], str]) -> Left | None
             item = obstore.head(store, key)
         except FileNotFoundError:
             item = None
-        for record in records:
-            if item and record.stamp == wanted and record.version == version_of(item):
-                left = Left(url, int(item["size"]), record.dropped)
-                if record.run != run:
-                    made_of = stamped(wanted, record.dropped)
-                    name = f"{shard_id}-{record.version}-{made_of}-{run}-kept"
-                    obstore.put(store, f"{_records_of(path)[1]}/{name}", b"")
+        for one in notes:
+            if item and one.stamp == wanted and one.version == version_of(item):
+                left = Left(url, int(item["size"]), one.dropped or 0)
+                if one.run != run:
+                    name = f"{shard_id}-{one.version}-{stamped(wanted, one.dropped)}-{run}-kept"
+                    obstore.put(store, f"{_notes_at(path)[1]}/{name}", _held(store, one))
             else:
-                delete(output, record.key)
+                delete(output, one.key)
     return left
 
 
@@ -264,23 +271,38 @@ def publish(path: str, lock: int | None) -> Published:  # noqa: ARG001  # the pl
             raise AlreadyDone from None
         raise
     output, run = split_run(path)
-    items, records = objects_at(output), _records(path)
-    packed, missing, dropped = {}, [], 0
+    items, notes = objects_at(output), _notes(path)
+    packed, own, missing = {}, [], []
     for shard_id in range(plan.total_shards):
         item = items.get(shard_name(shard_id))
         # What a dead run had packed counts once this one has found that it is still true.
-        own = {record.version: record for record in records.get(shard_id, []) if record.run == run}
-        if item and (record := own.get(version_of(item))):
+        versions = {one.version: one for one in notes.get(shard_id, []) if one.run == run}
+        if item and (one := versions.get(version_of(item))):
             packed[shard_name(shard_id)] = item
-            dropped += record.dropped
+            own.append(one)
         else:
             missing.append(shard_id)
     if missing:
         raise not_packed(plan, missing)
-    mark_published(path, len(packed))
+    sizes = [int(item["size"]) for item in packed.values()]
+    with ThreadPoolExecutor(NOTE_THREADS) as pool:
+        said = pool.map(functools.partial(_said, locate(output, PACKED)[0]), own, sizes)
+        mark_published(path, len(packed), record.dump(record.of_run(plan, said)))
     finish_cut(path)
     _check_published(output, packed)
-    return Published(plan, [int(item["size"]) for item in packed.values()], dropped=dropped)
+    return Published(plan, sizes, dropped=sum(one.dropped or 0 for one in own))
+
+
+def _said(store: Any, note: Note, size: int) -> Staged:
+    """Return what a note says of a shard of this size, for the record."""
+    with saying(note.key):
+        fields = load_fields(_held(store, note)) if note.dropped is not None else {}
+    return Staged(size, note.stamp, note.dropped or 0, fields)
+
+
+def _held(store: Any, note: Note) -> bytes:
+    """Return what a note holds: something where a function made the shard."""
+    return b"" if note.dropped is None else bytes(obstore.get(store, note.key).bytes())
 
 
 def _check_published(output: str, packed: dict[str, Any]) -> None:
@@ -307,7 +329,8 @@ def _check_published(output: str, packed: dict[str, Any]) -> None:
 def finish_cut(path: str) -> bool:
     """Finish what is left to do for a run whose shards are all there, if that was cut short.
 
-    The mark goes last: whoever comes after a kill finds what is left to do.
+    The mark, which holds the record, goes last: whoever comes after a kill finds what is left to
+    do, and while the mark stands nobody looks at a record.
     """
     output, _ = split_run(path)
     mark, _ = read_claim(output)
@@ -317,11 +340,12 @@ def finish_cut(path: str) -> bool:
         found = objects_at(output)
         # Of a run into more shards, and of runs that were killed while they tried the store.
         names = [*beyond(found, mark.total_shards), *(n for n in found if n.startswith(PROBE))]
-        left = [*_all_records(output), *(locate(output, name)[1] for name in names)]
+        left = [*_all_notes(output), *(locate(output, name)[1] for name in names)]
         if left:
             delete(output, left)
         still = sorted(set(names).intersection(objects_at(output))) if names else []
         if not still:
+            write_record(output, mark.record or None)
             delete(output, locate(output, PLAN)[1])
             still = [PLAN] if read_claim(output)[0] else []
     if still:
@@ -332,11 +356,11 @@ def finish_cut(path: str) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- records
+# ---------------------------------------------------------------- notes of finished shards
 
 
-def _records_of(path: str) -> tuple[Any, str]:
-    """Return where the records of a run's samples are: the store, and a prefix of keys."""
+def _notes_at(path: str) -> tuple[Any, str]:
+    """Return where the notes of a run's samples are: the store, and a prefix of keys."""
     output, _ = split_run(path)
     return locate(output, f"{PACKED}/{_digest(path)}")
 
@@ -351,22 +375,22 @@ def _digest(path: str) -> str:
     return hashlib.blake2b(what.encode(), digest_size=8).hexdigest()
 
 
-def _all_records(output: str) -> list[str]:
-    """Return the keys of all records at a prefix, of whatever samples."""
+def _all_notes(output: str) -> list[str]:
+    """Return the keys of all notes at a prefix, of whatever samples."""
     store, prefix = locate(output, PACKED)
     with saying(output):
         return [item["path"] for item in obstore.list(store, prefix).collect()]
 
 
-def _records(path: str) -> dict[int, list[Record]]:
-    """Return the records of a run's samples: number of the shard -> them."""
-    found: dict[int, list[Record]] = {}
+def _notes(path: str) -> dict[int, list[Note]]:
+    """Return the notes of a run's samples: number of the shard -> them."""
+    found: dict[int, list[Note]] = {}
     output, _ = split_run(path)
-    store, prefix = _records_of(path)
+    store, prefix = _notes_at(path)
     with saying(output):
         for item in obstore.list(store, prefix).collect():
-            if match := _RECORD.fullmatch(item["path"].rpartition("/")[2]):
-                dropped, kept = int(match[4] or 0), bool(match[6])
-                record = Record(item["path"], match[2], match[3], dropped, match[5], kept)
-                found.setdefault(int(match[1]), []).append(record)
+            if match := _NOTE.fullmatch(item["path"].rpartition("/")[2]):
+                dropped = None if match[4] is None else int(match[4])
+                one = Note(item["path"], match[2], match[3], dropped, match[5], bool(match[6]))
+                found.setdefault(int(match[1]), []).append(one)
     return found

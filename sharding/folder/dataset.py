@@ -9,12 +9,15 @@ import contextlib
 import glob
 import os
 import re
+import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from sharding.errors import InputError, PackError, naming
+from sharding.folder.mounts import settle
 from sharding.messages import argument, explain
+from sharding.record import RECORD
 from sharding.shards import REPLACED, SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards
 
 REMOTE = False
@@ -60,8 +63,16 @@ def find_shards(path: str) -> Found:
     try:
         if not _is_folder(path) and (chosen := glob.glob(path)):
             return Found(_chosen_shards(path, chosen), [], False)
+        record = read_record(path)
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        sizes = [
+            entry.stat().st_size
+            for entry in entries
+            if record is not None and SHARD_PATTERN.fullmatch(entry.name) and entry.is_file()
+        ]
         refuse_cut_short(path)
+        if record != read_record(path):
+            raise PackError(f"{path!r}: the dataset was just replaced; run again")
     except OSError as error:
         raise InputError(f"{argument('path')}: {explain(error)}") from None
     shards, faults = [], []
@@ -78,7 +89,7 @@ def find_shards(path: str) -> Found:
         if staging_folders(path):
             cure = "an unfinished run is there: finish it with the same command, or publish it"
         raise no_shards(path, (entry.name for entry in entries), cure)
-    return Found(shards, faults, True)
+    return Found(shards, faults, True, record, sizes)
 
 
 def _is_folder(path: str) -> bool:
@@ -142,6 +153,43 @@ def read_range(path: str, offset: int, size: int, version: Any) -> bytes:
             raise PackError(f"{path!r}: {REPLACED}")
         stream.seek(offset)
         return stream.read(size)
+
+
+def read_record(path: str) -> bytes | None:
+    """Return the record in a folder, if there is one."""
+    name = os.path.join(path, RECORD)
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not block
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with naming(name), open(fd, "rb") as stream:
+        return stream.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+
+
+def write_record(path: str, data: bytes | None) -> None:
+    """Put a record into a folder, whole or not at all, or take it away."""
+    name = os.path.join(path, RECORD)
+    if data is not None:
+        write_whole(name, data)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+    settle(path)
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a small file, whole or not at all."""
+    partial = f"{path}-{secrets.token_hex(4)}"
+    try:
+        with naming(partial), open(partial, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.rename(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
 
 
 def shard_size(path: str) -> int:

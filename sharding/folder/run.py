@@ -17,29 +17,47 @@ import os
 import secrets
 from collections.abc import Callable, Container, Iterator
 
-from sharding.errors import AlreadyDone, naming
+from sharding import previous, record
+from sharding.errors import AlreadyDone, InputError, naming
 from sharding.folder import staging
 from sharding.folder.checks import check_output as check_output
-from sharding.folder.dataset import MARKER, cut_short, is_publishing, is_staging, refuse_cut_short
-from sharding.folder.mounts import lock_output, remove_folder, settle, unlock
+from sharding.folder.dataset import (
+    MARKER,
+    cut_short,
+    is_publishing,
+    is_staging,
+    refuse_cut_short,
+    write_record,
+)
+from sharding.folder.mounts import LOCK, lock_output, remove_folder, settle, unlock
 from sharding.folder.staging import (
     all_shards,
     clear,
     lost_runs,
+    made_of,
     make_staging,
+    move_staged,
     new_staging,
+    read_fields,
     remove_leftovers,
     staged_shards,
+    write_fields,
     write_plan,
 )
 from sharding.folder.staging import read_samples as read_samples
-from sharding.folder.takeover import check_remains, find_remains, refuse_others, take_over
+from sharding.folder.takeover import (
+    Remains,
+    check_remains,
+    find_remains,
+    refuse_others,
+    take_over,
+)
 from sharding.messages import warn
 from sharding.plan import Plan, Published, no_run, not_packed
+from sharding.record import RECORD
 from sharding.samples import Samples
 from sharding.shards import (
     SHARD_PATTERN,
-    STAGED_PATTERN,
     Left,
     NewShard,
     beyond,
@@ -62,6 +80,7 @@ def begin(
 ) -> tuple[str, Plan, int | None]:
     """Lock the output, stage a new run, and take over or clear what dead runs left."""
     os.makedirs(output, exist_ok=True)
+    new = not os.path.lexists(os.path.join(output, LOCK))
     lock = lock_output(output)
     try:
         if not (resume or replace or _is_locked(lock)):
@@ -69,7 +88,9 @@ def begin(
         remove_leftovers(output)
         finish_publishing(output)
         return *_stage(output, plan, samples, resume, replace), lock
-    except BaseException:
+    except BaseException as error:
+        if new and isinstance(error, (AlreadyDone, InputError)):  # it leaves nothing behind
+            unlock(output)
         os.close(lock)
         raise
 
@@ -79,10 +100,19 @@ def _stage(
 ) -> tuple[str, Plan]:
     """Make the staging folder of a run, and take over or clear those of others."""
     folder = make_staging(output)
-    try:
-        plan = write_plan(folder, plan, samples)
-        remains = find_remains(folder, plan)
+    remains: list[Remains] = []
+
+    def check(plan: Plan) -> None:
+        remains.extend(find_remains(folder, plan))
         check_remains(remains, resume, replace)
+        # A run that fits, and so goes on here, was allowed to begin; of one that is lost, nobody
+        # can tell what it has replaced.
+        goes_on = any(other.plan and not other.differs for other in remains)
+        if not goes_on and not lost_runs(output):
+            previous.check(output, plan, samples, resume, replace)
+
+    try:
+        plan = write_plan(folder, plan, samples, check)
     except BaseException:
         with contextlib.suppress(OSError):
             remove_folder(folder)
@@ -125,7 +155,10 @@ def new_shard(folder: str, shard_id: int) -> Iterator[NewShard]:
             yield new
             os.fsync(stream.fileno())
             new.size = os.fstat(stream.fileno()).st_size
+            new.before()
         new.path = os.path.join(folder, f"{final[:-4]}.{new.stamp}" if new.stamp else final)
+        if new.fields:
+            write_fields(new.path, new.fields)
         os.rename(partial, new.path)
         if not new.stamp:  # a run syncs all names at once, when it is published
             settle(folder)
@@ -152,20 +185,14 @@ def find_left(folder: str, shard_id: int, stamp: Callable[[], str]) -> Left | No
     wanted, left = stamp(), Left()
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            made_of, dropped = _stamp_and_dropped(path)
-            if made_of == wanted and not left.path:
+            its_stamp, dropped = made_of(path)
+            if its_stamp == wanted and not left.path and read_fields(path) is not None:
                 kept = os.path.join(folder, os.path.basename(path))
-                os.rename(path, kept)
-                left = Left(kept, os.stat(kept).st_size, dropped)
+                move_staged(path, kept)
+                left = Left(kept, os.stat(kept).st_size, dropped or 0)
             elif path != left.path:  # an older version, or one of another attempt
                 os.unlink(path)
     return left
-
-
-def _stamp_and_dropped(path: str) -> tuple[str, int]:
-    """Return what the name of a staged shard says; see `stamped`."""
-    match = STAGED_PATTERN.fullmatch(os.path.basename(path))
-    return (match[2], int(match[3] or 0)) if match else ("", 0)
 
 
 def publish(folder: str, lock: int | None) -> Published:
@@ -205,12 +232,23 @@ def _set_aside(folder: str, plan: Plan) -> str:
         aside = new
     try:
         _check_complete(aside, plan)
+        write_record(aside, record.dump(record.of_run(plan, _staged(aside, plan))))
         _begin_publishing(aside)
     except BaseException:
         if aside != folder:
             os.rename(aside, folder)
         raise
     return aside
+
+
+def _staged(folder: str, plan: Plan) -> Iterator[record.Staged]:
+    """Yield what each shard of a run carries for the record, as long as it is staged."""
+    for shard_id, (path, *_) in sorted(staged_shards(folder).items()):
+        stamp, dropped = made_of(path)
+        fields = read_fields(path)
+        if fields is None:
+            raise not_packed(plan, [shard_id])
+        yield record.Staged(os.stat(path).st_size, stamp, dropped or 0, fields)
 
 
 def _check_complete(folder: str, plan: Plan) -> None:
@@ -238,7 +276,7 @@ def _begin_publishing(folder: str) -> None:
         paths = (path for paths in staged_shards(folder).values() for path in paths)
         with open(path, "xb") as stream:
             # Once shards are moved, their names say no more how many samples were dropped.
-            stream.write(b"%d\n" % sum(_stamp_and_dropped(path)[1] for path in paths))
+            stream.write(b"%d\n" % sum(made_of(path)[1] or 0 for path in paths))
             settle(folder)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -253,13 +291,21 @@ def _read_marker(folder: str) -> int:
 
 
 def _move_shards(folder: str, total_shards: int) -> None:
-    """Move shards to their final place; what is moved already, by a run cut short, stays."""
+    """Move shards to their final place; what is moved already, by a run cut short, stays.
+
+    The old record goes first, and the new one comes last: so no record stands beside a mixture.
+    """
     output = os.path.dirname(folder)
+    staged, its_record = staged_shards(folder), os.path.join(folder, RECORD)
+    if staged or os.path.lexists(its_record):  # else the new one is there
+        write_record(output, None)
     with stage("publishing", "shards", total_shards) as publishing:
-        for shard_id, (path, *_) in sorted(staged_shards(folder).items()):
+        for shard_id, (path, *_) in sorted(staged.items()):
             os.rename(path, os.path.join(output, shard_name(shard_id)))
             publishing.add(1)
     for name in beyond(os.listdir(output), total_shards):  # of a larger dataset
         os.unlink(os.path.join(output, name))
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(its_record, os.path.join(output, RECORD))
     settle(output)
     clear(folder)

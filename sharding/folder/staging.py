@@ -12,18 +12,20 @@ import os
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import BinaryIO
 
 from sharding.errors import InputError, PackError, StopRun, naming
-from sharding.folder.dataset import MARKER, STAGING, cut_short, is_publishing
+from sharding.folder.dataset import MARKER, STAGING, cut_short, is_publishing, write_whole
 from sharding.folder.mounts import LOCK, denied, make_folder, remove_folder
 from sharding.messages import argument, explain, warn
 from sharding.plan import PLAN, Plan, dump_plan, load_plan, load_samples
+from sharding.record import RECORD, dump_fields, load_fields
 from sharding.samples import Samples
 from sharding.shards import MAX_SHARDS, PARTIAL_PATTERN, STAGED_PATTERN
 
 LEFT = "left"  # in a staging folder: shards of dead runs, until each is found to be still true
+FIELDS = ".fields"  # ends the name of what says which fields came out of a function
 GONE = ".webdataset-gone-"  # begins the name of a staging folder that is being removed
 _PASSING = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT}
 
@@ -110,16 +112,22 @@ def clear(staging: str) -> None:
         warn(f"all shards are in place, but {explain(error)}")
 
 
-def write_plan(staging: str, plan: Plan, samples: Samples) -> Plan:
+def write_plan(
+    staging: str, plan: Plan, samples: Samples, check: Callable[[Plan], object] | None = None
+) -> Plan:
     """Write the plan of a run into its folder, and return it with its digest.
 
-    A whole plan is there at any time, the old one or the new one.
+    Args:
+        check: is given that plan, and raises an error if it may not be there; nobody finds it
+            until then.
     """
     path = os.path.join(staging, PLAN)
     with naming(path), open(f"{path}-new", "wb") as stream:
         plan = dump_plan(stream, plan, samples)
         stream.flush()
         os.fsync(stream.fileno())
+    if check:
+        check(plan)
     os.replace(f"{path}-new", path)
     return plan
 
@@ -159,6 +167,38 @@ def _open_plan(staging: str) -> Iterator[tuple[str, BinaryIO]]:
         raise PackError(f"{path!r} is gone: {why}") from None
 
 
+def made_of(path: str) -> tuple[str, int | None]:
+    """Return what the name of a staged shard says; see `stamped`."""
+    match = STAGED_PATTERN.fullmatch(os.path.basename(path))
+    if not match:
+        return "", None
+    return match[2], None if match[3] is None else int(match[3])
+
+
+def write_fields(path: str, fields: Mapping[str, int]) -> None:
+    """Write what came out of the function beside the staged shard that it made."""
+    write_whole(path + FIELDS, dump_fields(fields))
+
+
+def read_fields(path: str) -> dict[str, int] | None:
+    """Return what `write_fields` was given; of another shard, nothing; None if it is lost."""
+    if made_of(path)[1] is None:
+        return {}
+    try:
+        with open(path + FIELDS, "rb") as stream:
+            return load_fields(stream.read())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def move_staged(path: str, target: str) -> None:
+    """Move a staged shard, after what stands beside it."""
+    if made_of(path)[1] is not None:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path + FIELDS, target + FIELDS)
+    os.rename(path, target)
+
+
 def all_shards(staging: str) -> dict[int, list[str]]:
     """Return what `staged_shards` does, with the shards that dead runs had finished behind them."""
     found = staged_shards(staging)
@@ -186,6 +226,8 @@ def remove_leftovers(output: str, shard_ids: Container[int] = range(MAX_SHARDS))
             if match := PARTIAL_PATTERN.fullmatch(name):
                 if int(match[1]) in shard_ids and not _is_being_written(path):
                     os.unlink(path)
+            elif name.startswith(f"{RECORD}-"):
+                os.unlink(path)
             elif re.fullmatch(re.escape(GONE) + "[0-9a-f]{16}", name) and not os.path.islink(path):
                 remove_folder(path)
         except FileNotFoundError:

@@ -13,7 +13,14 @@ from typing import NamedTuple
 from sharding.errors import InputError, PackError
 from sharding.folder.dataset import is_publishing, staging_folders
 from sharding.folder.mounts import denied, make_folder
-from sharding.folder.staging import LEFT, all_shards, has_plan, read_plan, remove_staging
+from sharding.folder.staging import (
+    LEFT,
+    all_shards,
+    has_plan,
+    move_staged,
+    read_plan,
+    remove_staging,
+)
 from sharding.messages import argument, count, warn
 from sharding.plan import Plan, differences, does_not_fit, is_array_job, not_ended
 
@@ -39,7 +46,9 @@ def find_remains(folder: str, plan: Plan) -> list[Remains]:
         except PackError:
             if shards and has_plan(other):  # perhaps of a newer version
                 raise
-        found.append(Remains(other, before, differences(before, plan) if before else [], shards))
+        found.append(
+            Remains(other, before, differences(before.made, plan.made) if before else [], shards)
+        )
     return found
 
 
@@ -86,7 +95,7 @@ def _move_shards(other: str, shards: dict[int, list[str]], kept: str) -> None:
         make_folder(kept)
     for path in (path for paths in shards.values() for path in paths):
         try:
-            os.rename(path, os.path.join(kept, os.path.basename(path)))
+            move_staged(path, os.path.join(kept, os.path.basename(path)))
         except FileNotFoundError:
             pass  # a late task of Ray has just moved it
         except PermissionError:
