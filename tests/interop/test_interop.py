@@ -25,6 +25,9 @@ import webdataset as wds
 from PIL import Image
 
 from create_webdataset import create_webdataset
+from sharding.listing import list_samples
+from sharding.record import RECORD
+from sharding.run import start
 from sharding.shards import shard_name
 
 needs_bsdtar = pytest.mark.skipif(not shutil.which("bsdtar"), reason="needs libarchive-tools")
@@ -57,8 +60,12 @@ def pack(folder: Path, samples: dict[str, Sample], total_shards: int = 1) -> Pac
         for field, data in sample.items():
             Path(source, f"{key}.{field.upper() if key.isupper() else field}").write_bytes(data)
     fields = sorted(next(iter(samples.values())))
+    run = start(list_samples(source, fields), output=output, total_shards=total_shards)
     for shard_id in range(total_shards):
-        create_webdataset(source, output, shard_id, total_shards, fields)
+        create_webdataset(run, run.path, shard_id, total_shards)
+    run.finish()
+    run.release()
+    assert sorted(os.listdir(output))[0] == RECORD, "beside the shards, wherever they are read"
     return Packed([str(output / shard_name(n)) for n in range(total_shards)], samples)
 
 
