@@ -32,6 +32,16 @@ class Dataset(Protocol):
             PackError: a run is not finished there.
         """
 
+    def match(self, pattern: str, name: str, /) -> list[str]:
+        """Return the files that a path, a pattern, or one with braces names, whatever they hold.
+
+        Args:
+            name: of the argument that gave it, for the error.
+
+        Raises:
+            InputError: it names none, or one of its braces' alternatives does; or no file.
+        """
+
     def identify(self, shards: list[str]) -> object:
         """Return what distinguishes these shards from others that replace them."""
 

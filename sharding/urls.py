@@ -80,6 +80,32 @@ def real(path: str | os.PathLike[str]) -> str:
     return os.fspath(path) if is_url(path) else os.path.realpath(path)
 
 
+def expand_braces(pattern: str, name: str) -> list[str]:
+    """Return what braces stand for, as webdataset reads them: "{old,new}/shard-{00..31}.tar".
+
+    Args:
+        name: of the argument that gave it, for the error.
+    """
+    if "{" not in pattern or (not is_url(pattern) and os.path.lexists(pattern)):
+        return [pattern]
+    from braceexpand import braceexpand
+
+    try:
+        found = list(dict.fromkeys(braceexpand(pattern)))
+    except ValueError:
+        raise InputError(f"{argument(name)} {pattern!r}: its braces do not match") from None
+    # `canonical` could not tell where such a pattern begins.
+    if any(is_url(one) != is_url(pattern) or one[:1] == "/" != pattern[:1] for one in found):
+        raise InputError(f"{argument(name)} {pattern!r}: write / or the scheme before the braces")
+    return found
+
+
+def nothing_matches(name: str, pattern: str, one: str, why: str = "") -> InputError:
+    """Return the error that a pattern, or one of its alternatives, names no file."""
+    which = f": {one!r}" if one != pattern else ""
+    return InputError(f"{argument(name)} {pattern!r}: No such file{which}{why}")
+
+
 def without_slash(path: str | os.PathLike[str]) -> str:
     """Return a path as it is; a URL without a slash at its end."""
     return canonical(path) if is_url(path) else os.fspath(path)

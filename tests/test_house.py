@@ -19,7 +19,7 @@ ROOMS = sorted(
     for path in (ROOT / "sharding").rglob("*.py")
     if path.name != "__init__.py"
 )
-HEAVY = {"PIL", "obstore", "ray", "tqdm", "webdataset"}
+HEAVY = {"PIL", "braceexpand", "obstore", "ray", "tqdm", "webdataset"}
 # Where a heavy module may be imported, and whether at the top. obstore: anywhere in its wing.
 ALLOWED = {
     ("images", "PIL", True),
@@ -29,6 +29,7 @@ ALLOWED = {
     ("transform", "webdataset", False),
     ("command", "tqdm", False),
     ("stages", "tqdm", False),
+    ("urls", "braceexpand", False),
     ("cluster", "ray", False),
     ("create_with_ray", "ray", False),
     ("read_webdataset", "webdataset", False),

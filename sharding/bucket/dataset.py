@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import glob
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -16,10 +17,11 @@ import obstore
 from sharding.apart import answer, ask
 from sharding.bucket.store import check_bucket, connect, delete, saying, split
 from sharding.bucket.streams import FIRST_RANGE, LARGEST_RANGE, Ranges
-from sharding.errors import PackError
+from sharding.errors import InputError, PackError
+from sharding.messages import argument
 from sharding.record import RECORD
 from sharding.shards import SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards, shard_number
-from sharding.urls import canonical
+from sharding.urls import canonical, expand_braces, nothing_matches
 
 REMOTE = True  # a process that was forked from one that had read there cannot
 PLAN = ".webdataset-plan"  # stands beside the shards until all are there; see claim.py
@@ -33,9 +35,30 @@ def find_shards(path: str) -> Found:
     return Found(shards, [(kind, name) for kind, name in faults], whole, data, sizes)
 
 
+def match(pattern: str, name: str) -> list[str]:
+    """Return the objects that a pattern names, in this process; see `places.Dataset`."""
+    check_bucket(pattern)
+    folders: dict[str, dict[str, None]] = {}
+    found: dict[str, None] = {}
+    for one in expand_braces(canonical(pattern), name):
+        folder, _, last = one.rpartition("/")
+        if folder not in folders:
+            folders[folder] = dict.fromkeys(sorted(objects_at(folder)))
+            if PLAN in folders[folder]:
+                raise PackError(f"{folder!r}: {UNFINISHED}")
+        names = [last] if last in folders[folder] else fnmatch.filter(folders[folder], last)
+        if not names:
+            last_alone = "; in a bucket, a pattern is the last part alone"
+            raise nothing_matches(name, pattern, one, last_alone * glob.has_magic(folder))
+        found.update(dict.fromkeys(f"{folder}/{one}" for one in names))
+    return list(found)
+
+
 def list_shards(url: str) -> tuple[Any, ...]:
     """List the shards at a prefix, in this process; return what `Found` takes, as plain JSON."""
     check_bucket(url)
+    if expand_braces(url, "path") != [url]:
+        return _chosen_shards(url)
     folder, pattern = canonical(url), ""
     items = objects_at(folder)
     if not items:  # the last part is a pattern, or the shard itself
@@ -55,6 +78,15 @@ def list_shards(url: str) -> tuple[Any, ...]:
     sizes = [] if data is None else [int(items[name]["size"]) for name in shards]
     faults = [(STRAY, name) for name in sorted(strays)]
     return [f"{folder}/{name}" for name in shards], faults, not pattern, record, sizes
+
+
+def _chosen_shards(url: str) -> tuple[Any, ...]:
+    """Return the shards that braces name, as `list_shards` does."""
+    shards = match(url, "path")
+    for shard in shards:
+        if not SHARD_PATTERN.fullmatch(shard.rpartition("/")[2]):
+            raise InputError(f"{argument('path')} {url!r}: {shard!r} is not a shard-*.tar")
+    return sorted(shards, key=lambda shard: (shard_number(shard), shard)), [], False, None, []
 
 
 def objects_at(url: str) -> dict[str, Any]:

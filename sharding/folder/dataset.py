@@ -19,6 +19,7 @@ from sharding.folder.mounts import settle
 from sharding.messages import argument, explain
 from sharding.record import RECORD
 from sharding.shards import REPLACED, SHARD_PATTERN, STRAY, STRAY_PATTERN, Found, no_shards
+from sharding.urls import expand_braces, nothing_matches
 
 REMOTE = False
 STAGING = ".webdataset-"  # begins the name of the hidden folder in which a run's shards wait
@@ -58,11 +59,30 @@ def refuse_cut_short(output: str) -> None:
         )
 
 
+def match(pattern: str, name: str) -> list[str]:
+    """Return the files that a pattern names; see `places.Dataset`."""
+    found: dict[str, None] = {}
+    for one in expand_braces(pattern, name):
+        paths = [one] if os.path.lexists(one) else sorted(glob.glob(one))
+        if not paths:
+            raise nothing_matches(name, pattern, one)
+        for path in paths:
+            try:
+                if not stat.S_ISREG(os.stat(path).st_mode):
+                    raise InputError(f"{argument(name)} {pattern!r}: {path!r} is not a file")
+            except OSError as error:
+                raise InputError(f"{argument(name)} {pattern!r}: {explain(error)}") from None
+        found.update(dict.fromkeys(paths))
+    for folder in {os.path.dirname(path) or os.curdir for path in found}:
+        refuse_cut_short(folder)
+    return list(found)
+
+
 def find_shards(path: str) -> Found:
     """Return the shards in a folder, or those that a pattern of paths names."""
     try:
-        if not _is_folder(path) and (chosen := glob.glob(path)):
-            return Found(_chosen_shards(path, chosen), [], False)
+        if expand_braces(path, "path") != [path] or (not _is_folder(path) and glob.glob(path)):
+            return Found(_chosen_shards(path, match(path, "path")), [], False)
         record = read_record(path)
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         sizes = [
@@ -108,8 +128,6 @@ def _is_folder(path: str) -> bool:
 
 def _chosen_shards(path: str, chosen: Sequence[str]) -> list[str]:
     """Return the shards that a pattern names, in order."""
-    for folder in {os.path.dirname(shard) or os.curdir for shard in chosen}:
-        refuse_cut_short(folder)
     for shard in chosen:
         named = SHARD_PATTERN.fullmatch(os.path.basename(shard))
         if not named or not stat.S_ISREG(os.stat(shard).st_mode):
