@@ -212,7 +212,13 @@ class FastTarWriter:
 
 
 def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
-    """Yield (name, size) of each member, with the stream at its content.
+    """Yield (name, size) of each member, with the stream at its content; see `find_members`."""
+    for name, size, _ in find_members(stream, end):
+        yield name, size
+
+
+def find_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, size, offset of the content) of each member, with the stream at its content.
 
     Understands what tar writers make of plain files: ustar and pax headers, and GNU's long names.
     All else is refused, where readers would guess, skip it, or stop early in silence.
@@ -229,10 +235,12 @@ def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
     offset, extended = 0, b""
     while True:
         stream.seek(offset)
-        if stream.read(-offset % BLOCK).strip(b"\0"):
-            raise Damaged(f"bytes other than zero behind the member that ends at {offset:,}")
-        offset += -offset % BLOCK
-        header = stream.read(BLOCK)
+        padding = -offset % BLOCK
+        header = stream.read(padding + BLOCK)
+        if padding:
+            if header[:padding].strip(b"\0"):
+                raise Damaged(f"bytes other than zero behind the member that ends at {offset:,}")
+            header, offset = header[padding:], offset + padding
         if len(header) < BLOCK:
             raise Damaged("cut short: the end-of-archive blocks are missing")
         if not header[0] and not header.strip(b"\0"):
@@ -240,14 +248,15 @@ def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
         kind, name, size = _read_header(header, extended, offset)
         if not 0 <= size <= end - offset - BLOCK:
             raise Damaged(f"cut short: the member at byte {offset:,} is not whole")
-        if kind in EXTENDED:
+        if kind in PLAIN:
+            extended = b""
+            yield name, size, offset + BLOCK
+        elif kind in EXTENDED:
             if extended or size > MAX_EXTENDED:
                 raise Damaged(f"extended header of {size:,} bytes, or two in a row")
             extended = header + stream.read(size + -size % BLOCK)
-        else:
+        else:  # a folder
             extended = b""
-            if kind in PLAIN:
-                yield name, size
         offset += BLOCK + size
     stream.seek(offset)
     if end - offset < 2 * BLOCK or extended:
@@ -257,7 +266,15 @@ def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
             raise Damaged("trailing garbage behind the end of the archive")
 
 
-_OCTAL = re.compile(rb"[0-7]{11}")
+_KINDS = {  # that are refused
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.SYMTYPE: "a link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a FIFO",
+    tarfile.GNUTYPE_SPARSE: "a sparse file",
+    tarfile.XGLTYPE: "a global header",
+}
 
 
 def _read_header(header: bytes, extended: bytes, offset: int) -> tuple[bytes, str, int]:
@@ -269,9 +286,13 @@ def _read_header(header: bytes, extended: bytes, offset: int) -> tuple[bytes, st
         offset: where in the archive it is, for messages.
     """
     name, digits = header[:100].rstrip(b"\0"), header[124:135]
-    plain = _OCTAL.fullmatch(digits) and name and b"\0" not in name and name[-1:] != b"/"
-    if plain and not extended and header == plain_header(name, int(digits, 8)):
-        return b"0", name.decode("utf-8", "surrogateescape"), int(digits, 8)
+    if not extended and name and b"\0" not in name and name[-1:] != b"/":
+        try:
+            size = int(digits, 8)
+        except ValueError:
+            size = -1
+        if size >= 0 and header == plain_header(name, size):
+            return tarfile.REGTYPE, name.decode("utf-8", "surrogateescape"), size
     where = f"at byte {offset:,}"
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
@@ -284,7 +305,9 @@ def _read_header(header: bytes, extended: bytes, offset: int) -> tuple[bytes, st
         raise Damaged(f"no tar header {where}: damaged, compressed or no tar at all") from error
     kind, size = info.type, info.size
     if kind not in (*PLAIN, *EXTENDED, tarfile.DIRTYPE) or b"GNU.sparse" in extended:
-        raise Damaged(f"member of type {kind!r}, which is not a regular file, {where}")
+        kind = tarfile.GNUTYPE_SPARSE if b"GNU.sparse" in extended else kind
+        what = _KINDS.get(kind, "of type " + ascii(kind)[2:-1])
+        raise Damaged(f"member {info.name!r} is {what}, not a regular file, {where}")
     if kind == tarfile.DIRTYPE and (size or header[156:157] != kind):
         raise Damaged(f"a folder's name on a file, or a folder with content, {where}")
     return kind, info.name, size

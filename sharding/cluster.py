@@ -230,7 +230,7 @@ def node_problem(path: str) -> str | InputError:
     try:
         plan, sample = where.read_plan(path), where.read_samples(path, 0)[0]
         source = plan.source
-        with source_at(source).open_file(source, sample.files()[0]):
+        with source_at(source).open_file(source, sample, sample.files()[0]):
             pass
         with contextlib.suppress(_Tried), where.new_shard(path, 0):
             raise _Tried  # which gives it up

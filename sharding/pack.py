@@ -15,7 +15,7 @@ from sharding.errors import InputError, PackError
 from sharding.messages import argument, count, explain
 from sharding.places import output_at, source_at
 from sharding.record import Packed
-from sharding.samples import Function, Listing, Sample, Samples, Transform, split_name
+from sharding.samples import Function, Listing, Origin, Sample, Samples, Transform, split_name
 from sharding.shards import PackedShard, Progress, Shard, stamped
 from sharding.transform import TransformError, name_of, transformed
 
@@ -138,8 +138,8 @@ def function_problem(source: str, sample: Sample, function: Function) -> str:
 
 def _problem(source: str, sample: Sequence[Any], function: Sequence[str]) -> None:
     """Answer `check_function`."""
-    key, stem, extensions, listed = sample
-    some = Sample(key, stem, tuple(extensions), listed)
+    key, stem, extensions, listed, origins = sample
+    some = Sample(key, stem, tuple(extensions), listed, tuple(Origin(*one) for one in origins))
     if problem := function_problem(source, some, Function(*function)):
         raise InputError(f"{argument('transform')}: {problem}")
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Protocol
 from sharding.batch import Batch
 from sharding.errors import InputError
 from sharding.plan import Plan, Published
-from sharding.samples import Listing, Samples
+from sharding.samples import Listing, Sample, Samples
 from sharding.scan import Scan
 from sharding.shards import Found, Left, NewShard
 from sharding.urls import is_url
@@ -137,7 +137,6 @@ class Output(Protocol):
 class Source(Protocol):
     """Where the raw files of samples are."""
 
-    REMOTE: bool  # see Dataset
     NOTHING: str  # what is said of an empty one; "{cure}" stands for the usual cure
 
     def list_files(self, scan: Scan) -> None:
@@ -158,8 +157,10 @@ class Source(Protocol):
     def stamp_of(self, source: str, samples: Samples) -> str:
         """Return the stamp of samples as they are now; reading them gives it if none changed."""
 
-    def open_file(self, source: str, path: str) -> AbstractContextManager[tuple[BinaryIO, int]]:
-        """Open one file, of any size; the context gives the stream and its size in bytes."""
+    def open_file(
+        self, source: str, sample: Sample, path: str
+    ) -> AbstractContextManager[tuple[BinaryIO, int]]:
+        """Open one file of a sample, of any size; the context gives stream and size in bytes."""
 
 
 def waits(*paths: str | os.PathLike[str] | None) -> bool:

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from sharding.errors import InputError, PackError
 from sharding.messages import argument, count
-from sharding.samples import Function, Given, Sample, Samples, deal
+from sharding.samples import Function, Given, Origin, Sample, Samples, deal
 from sharding.stages import stage
 
 PLAN = "plan"  # the name of the file, in the folder of a run
@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     shuffle: int | None = None  # the seed
     versions: bool = False  # a line is key, tab, versions of the files; such keys hold no tab
     transform: Function | None = None  # on each sample
+    origins: tuple[Origin, ...] = ()  # of the samples
     given: Given = Given()  # the flags behind the fields
     packed: Mapping[str, int] | None = None  # field -> how many samples have it, as they are listed
 
@@ -129,7 +130,8 @@ def _describe(plan: Plan, samples: Samples) -> Plan:
         having.update(extension.lower() for extension in sample.extensions)
     packed = {field: number for field, number in sorted(having.items()) if number}
     first = samples[0]
-    return plan._replace(usual=first.extensions, versions=bool(first.listed), packed=packed)
+    plan = plan._replace(usual=first.extensions, versions=bool(first.listed), packed=packed)
+    return plan._replace(origins=samples.origins)
 
 
 def _new_digest(plan: Plan) -> hashlib.blake2b:
@@ -262,8 +264,9 @@ def _header(plan: Plan) -> bytes:
 def _from_header(line: bytes) -> Plan:
     plan = Plan(**json.loads(line))
     function = Function(*plan.transform) if plan.transform else None
-    given = Given(*plan.given)
-    return plan._replace(usual=tuple(plan.usual), transform=function, given=given)
+    origins = tuple(Origin(*origin) for origin in plan.origins)
+    given, usual = Given(*plan.given), tuple(plan.usual)
+    return plan._replace(usual=usual, transform=function, given=given, origins=origins)
 
 
 def _to_text(samples: Samples, usual: tuple[str, ...]) -> str:
@@ -286,7 +289,7 @@ def _without_versions(samples: Samples, usual: tuple[str, ...]) -> bytes:
 
 
 def _to_line(sample: Sample, usual: tuple[str, ...]) -> str:
-    key, stem, extensions, listed = sample
+    key, stem, extensions, listed, _ = sample
     if extensions == usual and key == stem and key[0] != "[":
         return f"{key}\t{listed}\n" if listed else f"{key}\n"
     return json.dumps([key, stem, extensions, listed], ensure_ascii=False) + "\n"
@@ -307,4 +310,4 @@ def _from_text(text: str, plan: Plan) -> Samples:
             if line not in odd:
                 key, _, versions = line.rpartition("\t")
                 lines[number], listed[key] = key, versions
-    return Samples(lines, plan.usual, odd, listed)
+    return Samples(lines, plan.usual, odd, listed, plan.origins)

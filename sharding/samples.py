@@ -22,13 +22,30 @@ _FIELD = re.compile(r"[^_./\s|][^/\s|]*")
 _MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # see split_name
 
 
+class Origin(NamedTuple):
+    """A file that files of samples lie in: an archive.
+
+    Where there are any, the version of a file begins with the number of its own, in hexadecimal.
+    """
+
+    path: str
+    size: int  # in bytes
+    version: str  # tells it from a later one, as its source spells that
+
+
+def origin_of(version: str) -> int:
+    """Return the number of the origin that a file of this version lies in."""
+    return int(version.partition(".")[0], 16)
+
+
 class Sample(NamedTuple):
     """The files of one key: each is `<stem>.<extension>` below the source."""
 
     key: str
     stem: str  # another string than the key where dots in it were replaced
     extensions: tuple[str, ...]  # as they are spelled, in the order of their fields
-    listed: str = ""  # of a bucket: the version of each file; see store.version_of
+    listed: str = ""  # the version of each file, where a listing tells it
+    origins: tuple[Origin, ...] = ()  # of all samples of the source
 
     def files(self) -> list[str]:
         """Return the paths of the sample's files below the source."""
@@ -49,7 +66,7 @@ class Samples(Sequence[Sample]):
     A usual sample has the usual extensions, and files named by its key.
     """
 
-    __slots__ = ("keys", "listed", "odd", "usual")
+    __slots__ = ("keys", "listed", "odd", "origins", "usual")
 
     def __init__(
         self,
@@ -57,22 +74,26 @@ class Samples(Sequence[Sample]):
         usual: tuple[str, ...],
         odd: Mapping[str, Sample] = {},
         listed: Mapping[str, str] = {},
+        origins: tuple[Origin, ...] = (),
     ) -> None:
         """Take keys in order; the samples of some that are not usual; what else is known of files.
 
         Args:
             listed: key -> the version of each file, where a listing tells it; see `Sample.listed`.
+            origins: what the files lie in, if they lie in others.
         """
         self.keys = keys
         self.usual = usual
         self.odd = odd
         self.listed = listed
+        self.origins = origins
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> Samples:
         """Return these samples, none of them taken for usual."""
         odd = {sample.key: sample for sample in samples}
-        return cls(list(odd), (), odd)
+        origins = next((sample.origins for sample in odd.values()), ())
+        return cls(list(odd), (), odd, origins=origins)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -91,7 +112,7 @@ class Samples(Sequence[Sample]):
             odd = {key: odd[key] for key in keys if key in odd}
         if listed:
             listed = {key: listed[key] for key in keys if key in listed}
-        return Samples(keys, self.usual, odd, listed)
+        return Samples(keys, self.usual, odd, listed, self.origins)
 
     def __iter__(self) -> Iterator[Sample]:
         return map(self._sample, self.keys)
@@ -100,7 +121,10 @@ class Samples(Sequence[Sample]):
         return list(self) == (list(other) if isinstance(other, Samples) else other)
 
     def _sample(self, key: str) -> Sample:
-        return self.odd.get(key) or Sample(key, key, self.usual, self.listed.get(key, ""))
+        odd = self.odd.get(key)
+        if odd:
+            return odd._replace(origins=self.origins) if self.origins else odd
+        return Sample(key, key, self.usual, self.listed.get(key, ""), self.origins)
 
     def without_versions(self) -> Samples:
         """Return the same samples, whatever the versions of their files."""

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from sharding import faults, hints
 from sharding.errors import InputError
 from sharding.faults import Kind, Odd, Report, Tally, quote
 from sharding.messages import argument
-from sharding.samples import Fields, Sample, Samples, judge, name_fault
+from sharding.samples import Fields, Origin, Sample, Samples, judge, name_fault, origin_of
 from sharding.stages import Stage
+from sharding.urls import canonical
 
 MAX_GROWN = 100_000  # entries of a table that only counts what is left out
 MayRead = Callable[[list[str]], bool]  # tells whether the files at these paths may be read
@@ -45,9 +47,11 @@ class Scan:
         self.keys: list[str] = []  # of all complete samples
         self.odd: dict[str, Sample] = {}  # those of them that are not usual
         self.listed: dict[str, str] = {}  # versions of the files of those that are
+        self.origins: list[Origin] = []  # what the files lie in, if they lie in others
         self.tallies: dict[Kind, Tally] = defaultdict(Tally)
         self.ignored: Counter[str] = Counter()  # by extension
         self.dotted: Counter[str] = Counter()  # names with a dot before the field, from the first
+        self.archives = ""  # a pattern for those that were ignored, in a folder that has some
         self.loose = hints.Loose()
         self.forms: dict[str, str] = {}  # NFC form of an incomplete key -> the key
         self.same_form: tuple[str, str] | None = None  # two of these that look the same
@@ -59,7 +63,14 @@ class Scan:
 
     def samples(self) -> Samples:
         """Return the complete samples, as they were found."""
-        return Samples(self.keys, self.usual, self.odd, self.listed)
+        origins = tuple(one._replace(path=canonical(one.path)) for one in self.origins)
+        return Samples(self.keys, self.usual, self.odd, self.listed, origins)
+
+    def name(self, path: str, version: str) -> str:
+        """Return what a file is called in messages."""
+        if not self.origins:
+            return path
+        return f"{self.origins[origin_of(version)].path}: {path}"
 
     def judge(self, extensions: tuple[str, ...]) -> tuple[Kind | None, tuple[str, ...]]:
         """Return what `samples.judge` says of a stem's files; it is asked once for each set."""
@@ -86,8 +97,9 @@ class Scan:
         self.ignored[what] += 1
         self.report.add(name, "ignored", what)
 
-    def ignore_file(self, prefix: str, name: str) -> None:
+    def ignore_file(self, prefix: str, name: str, version: str) -> None:
         """Note a file that is no part of a sample."""
+        called = self.name(prefix + name, version)
         stem, _, rest = name.partition(".")
         if self.replace_dots is None:
             self.loose.add(prefix + stem, (rest,))
@@ -97,9 +109,11 @@ class Scan:
             rest = rest.lower()
             if rest in self.dotted or len(self.dotted) < MAX_GROWN:
                 self.dotted[rest] += 1
-            self.fault(faults.DOTTED, prefix + name)
+            self.fault(faults.DOTTED, called)
         else:
-            self.ignore(prefix + name, name[name.rindex(".") :] if "." in name else "")
+            if not self.archives and name.endswith(".tar"):
+                self.archives = f"{os.path.join(self.source, prefix)}*.tar"
+            self.ignore(called, name[name.rindex(".") :] if "." in name else "")
 
     def fault(self, kind: Kind, name: str, detail: str = "") -> None:
         """Note a name that is refused."""
@@ -120,10 +134,13 @@ class Scan:
         extensions: tuple[str, ...],
         which: tuple[str, ...],
         odd: Sequence[Odd] = (),
+        versions: str = "",
     ) -> None:
         """Note all the files of a stem, which are refused together."""
-        names = [f"{stem}.{extension}" for extension in extensions]
-        detail, shown = "", quote(stem)
+        each = versions.split(" ") if versions else [""] * len(extensions)
+        pairs = zip(extensions, each, strict=True)
+        names = [self.name(f"{stem}.{extension}", version) for extension, version in pairs]
+        detail, shown = "", quote(self.name(stem, each[0]) if each else stem)
         if odd and kind is odd[0].kind:
             self.loose.add(stem, (*extensions, *(one.name.partition(".")[2] for one in odd)))
             detail = odd[0].detail
@@ -141,7 +158,7 @@ class Scan:
                 self.same_form = self.same_form or ((other, stem) if other != stem else None)
         elif which:
             wrong = [name for name, e in zip(names, extensions, strict=True) if e.lower() in which]
-            shown = " and ".join(map(quote, wrong))
+            shown = " and ".join(map(quote, wrong[:2]))
         self.tallies[kind].add(shown)
         for name in (*names, *(one.name for one in odd)):
             self.report.add(name, kind.reason, detail)
@@ -180,6 +197,8 @@ class Scan:
             cure += self.hint() + faults.left_out("ignored", self.ignored)
             cure += hints.table(self.ignored)
             cure += faults.left_out("skipped", self.skipped())
+            if self.archives and "tar" not in self.known:
+                cure = f'to pack what is in the archives: {argument("source")} "{self.archives}"'
             if not self.ignored and not self.tallies:
                 cure = nothing.format(cure=cure)
             raise InputError(f"{where} has no complete sample: {cure}")
@@ -207,21 +226,27 @@ class Stems:
         # wrong, a file of a sample would be missing when it is opened.
         self.sum = 0
         self.texts: list[str] = []
-        self.versions: list[str] = []
+        self.listed: list[str] = []  # the versions of the files, likewise, with a space between two
 
-    def add(self, stems: list[str]) -> None:
-        """Take some more."""
+    def add(self, stems: list[str], versions: list[str]) -> None:
+        """Take some more, and the versions of the files if there are any."""
         self.number += len(stems)
         self.sum += sum(map(hash, stems))
         self.texts.append("/".join(stems))
+        if versions:
+            self.listed.append(" ".join(versions))
 
     def text(self) -> str:
         """Return all of them in one text, with a slash between two."""
         return "/".join(self.texts)
 
-    def list(self) -> list[str]:
-        """Return all of them."""
-        return self.text().split("/")
+    def each(self) -> Iterator[str]:
+        """Yield all of them, one by one."""
+        return chain.from_iterable(text.split("/") for text in self.texts)
+
+    def versions(self) -> Iterator[str]:
+        """Yield the versions of the files, if there are any."""
+        return chain.from_iterable(text.split(" ") for text in self.listed)
 
 
 class FolderScan:
@@ -239,22 +264,22 @@ class FolderScan:
         self.scan.stage.add(len(names))
         split, known = self._split(), self.scan.known
         stems: dict[str, list[str]] = {field: [] for field in known}
-        for name in names:  # this loop sees each file of a dataset
+        listed: dict[str, list[str]] = {field: [] for field in known}
+        for place, name in enumerate(names):  # this loop sees each file of a dataset
             stem, _, extension = split(name, ".")
             try:
                 stems[extension].append(stem)
             except KeyError:
-                if extension.lower() in known:  # another spelling of a field
-                    stems[extension] = [stem]
-                else:
-                    self.scan.ignore_file(self.prefix, name)
+                if extension.lower() not in known:
+                    version = versions[place] if versions else ""
+                    self.scan.ignore_file(self.prefix, name, version)
+                    continue
+                stems[extension], listed[extension] = [stem], []  # another spelling of a field
+            if versions:
+                listed[extension].append(versions[place])
         for extension, some in stems.items():
             if some:
-                self.found[extension].add(some)
-        for name, version in zip(names, versions, strict=False):
-            _, _, extension = split(name, ".")
-            if extension.lower() in known:
-                self.found[extension].versions.append(version)
+                self.found[extension].add(some, listed[extension])
 
     def add_odd(self, name: str, odd: Odd) -> None:
         """Take the name of what is no file: if it is a field, its sample lacks it."""
@@ -301,19 +326,27 @@ class FolderScan:
         reserved = text.startswith("__") or "/__" in text
         if reserved or not text.isprintable() or name_fault(self.prefix, ""):
             return False
-        versions = [self.found[extension].versions for extension in extensions]
-        if versions[0] and any(one.text() != text for one in stems):  # in another order
+        if stems[0].listed and any(one.text() != text for one in stems):  # in another order
             return False
         scan.usual = scan.usual or extensions
         if extensions != scan.usual:
             return False
-        self.found.clear()
-        stems.clear()
+        if not stems[0].listed:  # before as much again is made of it
+            self.found.clear()
+            stems.clear()
         keys = text.split("/")
         if self.prefix:
             keys = [self.prefix + key for key in keys]
+        if stems:
+            before = len(scan.listed)
+            versions = (self.found[extension].versions() for extension in extensions)
+            scan.listed.update(zip(keys, map(" ".join, zip(*versions, strict=True)), strict=True))
+            if len(scan.listed) - before < len(keys):  # some are there twice: see `_close_each`
+                for key in keys:
+                    scan.listed.pop(key, None)
+                return False
+        self.found.clear()
         scan.keys += keys
-        scan.listed.update(zip(keys, map(" ".join, zip(*versions, strict=True)), strict=False))
         return True
 
     def _close_each(self, may_read: MayRead | None) -> None:
@@ -322,7 +355,10 @@ class FolderScan:
         files = self._files()
         plain_prefix = not name_fault(prefix, "")
         meeting = Counter(map(self._key, files)) if scan.replace_dots is not None else None
-        for stem, (extensions, versions) in files.items():
+        left = list(reversed(files))
+        while left:  # what was looked at takes no memory any more
+            stem = left.pop()
+            extensions, versions = files.pop(stem)
             name = stem if meeting is None else self._key(stem)
             kind, which = scan.judge(extensions)
             odd = self.odd.get(stem, ())
@@ -337,7 +373,7 @@ class FolderScan:
                 paths = [f"{prefix}{stem}.{extension}" for extension in extensions]
                 kind, which = (None, ()) if may_read(paths) else (faults.DENIED, ())
             if kind:
-                scan.fault_of_stem(kind, prefix + stem, extensions, which, odd)
+                scan.fault_of_stem(kind, prefix + stem, extensions, which, odd, versions)
             else:
                 scan.add(prefix + name, prefix + stem, extensions, versions)
 
@@ -351,8 +387,8 @@ class FolderScan:
         grown: dict[tuple[tuple[str, ...], str], tuple[str, ...]] = {}
         for extension in sorted(self.found, key=str.lower):
             one = self.found.pop(extension)
-            versions = iter(one.versions)
-            for stem in one.list():
+            versions = one.versions()
+            for stem in one.each():
                 before, listed = files.get(stem, ((), ""))
                 try:
                     after = grown[before, extension]

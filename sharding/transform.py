@@ -198,7 +198,7 @@ class _Apply:
         contents: list[bytes | Pieces] = []
         dropped = 0
         with self.streams(sys.stderr):
-            for key, _, extensions, _ in samples:
+            for key, _, extensions, *_ in samples:
                 sample: dict[str, Any] = {"__key__": key}
                 for extension in extensions:
                     sample[extension.lower()] = next(files)

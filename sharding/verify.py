@@ -22,7 +22,7 @@ from sharding.archive import Damaged
 from sharding.errors import PackError
 from sharding.faults import SHOWN, Report
 from sharding.parallel import in_order
-from sharding.places import dataset_at, source_at
+from sharding.places import dataset_at, waits
 from sharding.plan import digest_plan
 from sharding.reading import walk
 from sharding.record import (
@@ -162,7 +162,7 @@ def _check_each(
     """
     source = listing.source if listing else ""
     # A process that is forked from one that used a store cannot use it.
-    remote = dataset_at(found.shards[0]).REMOTE or source_at(source).REMOTE
+    remote = waits(found.shards[0], source)
     work, workers = compare_checksum if sums else check_shard, min(num_workers, len(found.shards))
     try:
         yield from _check_in_parallel(work, tasks, workers, "spawn" if remote else None)

@@ -173,7 +173,8 @@ class _Files:
         path = self.name(key, field)
         if path is None:
             return False
-        with source_at(self.source).open_file(self.source, path) as (file, size):
+        opened = source_at(self.source).open_file(self.source, self.samples[key], path)
+        with opened as (file, size):
             pieces = iter(lambda: file.read(1 << 20), b"")
             return size != length or any(piece != stream.read(len(piece)) for piece in pieces)
 

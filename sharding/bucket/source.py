@@ -21,9 +21,8 @@ from sharding.bucket.streams import Ranges
 from sharding.bucket.walk import list_files as list_files
 from sharding.errors import PackError
 from sharding.parallel import in_order
-from sharding.samples import Samples
+from sharding.samples import Sample, Samples
 
-REMOTE = True
 NOTHING = "there is nothing; are bucket and prefix right?"
 WHOLE_SIZE = 512 << 10  # bytes of an object that is read whole; larger ones are fetched in ranges
 READ_THREADS = 32  # of a process; a store takes some 25 ms for an object of any small size
@@ -122,7 +121,7 @@ def stamp_of(source: str, samples: Samples) -> str:  # noqa: ARG001
 
 
 @contextlib.contextmanager
-def open_file(source: str, path: str) -> Iterator[tuple[BinaryIO, int]]:
+def open_file(source: str, sample: Sample, path: str) -> Iterator[tuple[BinaryIO, int]]:  # noqa: ARG001
     """Open one object, of any size; give the stream and its size."""
     raw: Any = Ranges(f"{source}/{path}")
     with io.BufferedReader(raw, 1 << 20) as stream:

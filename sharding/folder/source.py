@@ -19,9 +19,8 @@ from sharding.batch import CHANGED, STAMP, Batch, new_stamp
 from sharding.errors import PackError, naming
 from sharding.folder.walk import list_files as list_files
 from sharding.parallel import in_order
-from sharding.samples import Samples
+from sharding.samples import Sample, Samples
 
-REMOTE = False
 NOTHING = "{cure}, or make some with ./make_dummy_data.sh"  # what to do with an empty source
 WHOLE_SIZE = 64 << 10  # bytes of a file that is read whole; larger ones are copied
 AHEAD_SIZE = 512 << 10  # the same as WHOLE_SIZE, for files that are read ahead
@@ -57,7 +56,7 @@ class LargeFile(io.FileIO):
 
 
 @contextlib.contextmanager
-def open_file(source: str, path: str) -> Iterator[tuple[BinaryIO, int]]:
+def open_file(source: str, sample: Sample, path: str) -> Iterator[tuple[BinaryIO, int]]:  # noqa: ARG001
     """Open one file, of any size; give the stream and its size."""
     with open(os.path.join(source, path), "rb") as stream:
         yield stream, os.fstat(stream.fileno()).st_size
