@@ -59,8 +59,8 @@ def create_webdataset(
     The shard appears under its name only when it is whole and on the disk.
 
     Args:
-        source: the folder or URL of the raw files; or a run that was started, whose samples,
-            output and number of shards are settled.
+        source: the folder or URL of the raw files, or archives; or a run that was started, whose
+            samples, output and number of shards are settled.
         output: the folder for the shard, made if missing.
         shard_id, total_shards: which shard to pack, 0 <= shard_id < total_shards.
         fields: the files of a sample; this and the flags are those of `list_samples`.

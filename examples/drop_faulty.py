@@ -35,6 +35,9 @@ def main():
     parser.add_argument("--delete", action="store_true", help="delete these files")
     args = parser.parse_args()
     try:
+        if args.source.endswith(".tar") and not os.path.isdir(args.source):
+            cure = "pack again with --transform examples/drop_broken.py:whole"
+            raise ValueError(f"{args.source!r}: nothing is deleted from archives; {cure}")
         if not os.path.isdir(args.source):
             raise ValueError(f"{args.source!r} is not a folder")
         found = faulty_files(args.report, args.source)

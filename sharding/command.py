@@ -39,6 +39,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__("", usage, description, examples, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: ") and message.endswith(".tar"):
+            message += '; was it a pattern that the shell expanded? quote it: "DIR/*.tar"'
         raise InputError(f"{message} (see --help)")
 
 
@@ -79,7 +81,8 @@ def add_source_arguments(
         recorded: a dataset's record has them, too, so they may be left out, and are None then.
     """
     add = parser.add_argument_group(title).add_argument
-    add("--source", metavar="DIR", help=f"folder or {URL} of the raw files, listed recursively")
+    what = f'folder or {URL} of the raw files, listed recursively; or archives: "DIR/*.tar"'
+    add("--source", metavar="DIR", help=what)
     usual = "as the dataset was packed, else jpg,txt" if recorded else "%(default)s"
     what = f"a sample's files (default: {usual}); A;B for one of two"
     add("--fields", metavar="A,B", default=None if recorded else "jpg,txt", help=what)

@@ -43,8 +43,8 @@ INCOMPLETE = Kind(
 )
 DOUBLED = Kind(
     "doubled",
-    "files that differ from another only in upper and lower case",
-    "rename them",
+    "files whose key and field another has, in upper or lower case",
+    "rename one, or leave it out",
 )
 ALTERNATIVES = Kind(
     "two alternatives", "samples with two alternatives of one field", "remove one of them"
@@ -60,6 +60,9 @@ MEETING = Kind(
 RESERVED = Kind("reserved", "names that begin with __, which readers drop", "rename them")
 BAD_NAME = Kind(
     "unreadable name", "names that are not UTF-8, or that hold a newline", "rename them"
+)
+ODD_PATH = Kind(
+    "odd path", "members whose path has an empty part, '.' or '..'", "unpack them, and pack these"
 )
 CIRCLE = Kind("circle", "symlink loops", "remove the link")
 DENIED = Kind("permission denied", "names that may not be read", "change their mode or owner")

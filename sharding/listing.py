@@ -42,7 +42,7 @@ def list_samples(
 
     Args:
         source: the folder or URL, listed recursively, links to folders included, without hidden
-            names.
+            names; or archives: a path, a pattern or braces that end in ".tar".
         fields, optional_fields: see `parse_fields`.
         replace_dots: a character; a file's field is then the longest known one that its name ends
             with, and each dot in front of it becomes this character in the key.

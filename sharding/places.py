@@ -1,6 +1,6 @@
-"""Where things are: picks the module for a folder, or the one for a bucket, by the path alone.
+"""Where things are: picks the module for a folder, a bucket or archives, by the path.
 
-The two offer the same names, so nothing else needs to know which of them it works with.
+They offer the same names, so nothing else needs to know which of them it works with.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sharding.plan import Plan, Published
 from sharding.samples import Listing, Sample, Samples
 from sharding.scan import Scan
 from sharding.shards import Found, Left, NewShard
-from sharding.urls import is_url
+from sharding.urls import is_url, names_archives
 
 
 class Dataset(Protocol):
@@ -49,6 +49,8 @@ class Dataset(Protocol):
         self, path: str, buffering: int = ...
     ) -> AbstractContextManager[tuple[BinaryIO, int, Any]]:
         """Open a shard, which can seek; the context gives stream, size in bytes, and version.
+
+        The version is plain JSON, but for tuples.
 
         Raises:
             PackError: the shard was replaced while it was read.
@@ -184,10 +186,14 @@ def dataset_at(path: str | os.PathLike[str]) -> Dataset:
 
 def source_at(path: str | os.PathLike[str]) -> Source:
     """Return the module that lists and reads a source there."""
-    if is_url(path, "source"):
+    if is_url(path, "source") and not names_archives(path):
         from sharding.bucket import source as in_bucket
 
         return in_bucket
+    if names_archives(path):
+        from sharding.tars import source as in_archives
+
+        return in_archives
     from sharding.folder import source as in_folder
 
     return in_folder

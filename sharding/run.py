@@ -24,7 +24,7 @@ from sharding.record import Packed, Record, changes
 from sharding.samples import Function, Listing, Samples, Transform, deal
 from sharding.shards import Progress, Shard, check_shard_numbers
 from sharding.transform import dropped_by
-from sharding.urls import canonical, real
+from sharding.urls import canonical, real, without_slash
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that ask a run to end
 
@@ -111,6 +111,20 @@ class Direct(NamedTuple):
         )
 
 
+def _refuse_archives(output: str, samples: Samples) -> None:
+    """Refuse an output that an archive of the source lies in, also by a link."""
+    here = real(without_slash(output))
+    paths = {os.path.dirname(origin.path): origin.path for origin in samples.origins}
+    links = filter(os.path.islink, (origin.path for origin in samples.origins))
+    folders = {real(folder): path for folder, path in paths.items()}
+    folders |= {os.path.dirname(real(path)): path for path in links}
+    if here in folders:
+        raise InputError(
+            f"{argument('output')} {output!r} holds {folders[here]!r} of {argument('source')}, "
+            "and what is not packed of that would be lost: choose another folder"
+        )
+
+
 def start_direct(
     listing: Listing,
     output: str | os.PathLike[str],
@@ -125,6 +139,7 @@ def start_direct(
     """
     path, where = os.fspath(output), output_at(output)
     check_shard_numbers(total_shards, len(listing.samples), shard_ids.start)
+    _refuse_archives(path, listing.samples)
     where.check_output(path, listing)
     check_function(listing)
     plan = plan_of(listing, total_shards)
@@ -168,9 +183,9 @@ def start(
         PackError: another run is packing into this output.
         AlreadyDone: the run is to be resumed, and the dataset there is what it would make.
     """
-    where = output_at(output)
+    where, samples = output_at(output), listing.samples
+    _refuse_archives(os.fspath(output), samples)
     where.check_output(os.fspath(output), listing)
-    samples = listing.samples
     total = total_shards or -(-len(samples) // (samples_per_shard or len(samples)))
     check_shard_numbers(total, len(samples))
     function = listing.transform

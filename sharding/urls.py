@@ -80,6 +80,12 @@ def real(path: str | os.PathLike[str]) -> str:
     return os.fspath(path) if is_url(path) else os.path.realpath(path)
 
 
+def names_archives(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a source is a set of archives: a path, a pattern or braces that end in .tar."""
+    name = without_slash(path)
+    return name.endswith(".tar") and (is_url(path) or not os.path.isdir(path))
+
+
 def expand_braces(pattern: str, name: str) -> list[str]:
     """Return what braces stand for, as webdataset reads them: "{old,new}/shard-{00..31}.tar".
 

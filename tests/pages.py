@@ -208,6 +208,10 @@ def make_layouts(project: Path) -> None:
         ]
         table = "\r\n".join([f"file,{column}", *lines])
         (project / f"{name}.csv").write_text(table, encoding="utf-8-sig")
+    for number, pair in enumerate(pairs[:4]):
+        for path in pair:
+            (project / "new_data").mkdir(exist_ok=True)
+            shutil.copy(path, project / "new_data" / f"new-{number}{path.suffix}")
     depth = project / "depth"
     depth.mkdir()
     shutil.copy(pairs[0][0], depth / "0.jpg")

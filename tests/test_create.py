@@ -125,7 +125,7 @@ REFUSED = [
     (
         files("a.JPG", "a.jpg", "a.txt"),
         [],
-        "only in upper and lower case: 1 .'a.(JPG|jpg)' and 'a.(JPG|jpg)'.",
+        "in upper or lower case: 1 .'a.(JPG|jpg)' and 'a.(JPG|jpg)'.",
     ),
     (files("a.jpg", "a.txt", "b\udcff.jpg", "b\udcff.txt"), [], "not UTF-8"),
     (files("d\udcff/a.jpg", "d\udcff/a.txt"), [], "not UTF-8"),

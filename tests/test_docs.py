@@ -96,7 +96,7 @@ def test_programs_compile() -> None:
         compile(program, "page.py", "exec")
 
 
-@pytest.mark.parametrize("page", ["packing.md", "transform.md", "checking.md"])
+@pytest.mark.parametrize("page", ["packing.md", "repacking.md", "transform.md", "checking.md"])
 def test_page(page: str, tmp_path: Path) -> None:
     project = make_project(tmp_path / "wds-example")
     make_layouts(project)

@@ -151,3 +151,5 @@ def test_drop_faulty_refuses(tmp_path: Path) -> None:
         done = run_script("examples/drop_faulty.py", report, source, "--delete", cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("drop_faulty.py: error: ")
         assert done.stderr.count("\n") == 1
+    done = run_script("examples/drop_faulty.py", "other.jsonl", "old/*.tar", "--delete")
+    assert done.returncode == 2 and "nothing is deleted from archives" in done.stderr

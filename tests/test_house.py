@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, run_script, write_pairs
 
 SCRIPTS = ["create_webdataset", "create_with_ray", "read_webdataset"]
-WINGS = ("bucket", "folder")
+WINGS = ("bucket", "folder", "tars")
 ROOMS = sorted(
     ".".join(path.relative_to(ROOT / "sharding").with_suffix("").parts)
     for path in (ROOT / "sharding").rglob("*.py")

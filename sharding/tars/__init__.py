@@ -1,0 +1,1 @@
+"""What only a set of archives does, wherever they lie: list their members, and read them."""
