@@ -150,6 +150,27 @@ def peers(course: Course) -> list[Contestant]:
 
 
 @group(
+    ratio("run_parallel.sh, from shards", "run_parallel.sh, from files", most=1),
+    ratio("run_parallel.sh, from shards", f"{WDS} into TarWriters", most=0.3),
+    ratio("run_parallel.sh, from shards, shuffled", f"{WDS} into TarWriters", most=0.5),
+    ratio("listing", "walk over the headers", most=1.5),
+)
+def repack(course: Course) -> list[Contestant]:
+    """20,000 samples of 8 KB + 40 B from 8 shards into 32, 1 worker; whole commands."""
+    files = course.files(20_000, 8 * KB)
+    packed = course.written("packers.ours", files, 8)
+    tars, flags = packed._replace(path=f"{packed.path}/*.tar"), "--num-workers 1 --num-shards 32"
+    return [
+        course.pack("run_parallel.sh, from files", files, flags),
+        course.pack("run_parallel.sh, from shards", tars, flags),
+        course.pack("run_parallel.sh, from shards, shuffled", tars, f"{flags} --shuffle 1"),
+        course.call(f"{WDS} into TarWriters", "packers.wds_again", tars, go=False),
+        course.call("listing", "packers.listing", tars),
+        course.call("walk over the headers", "packers.headers", tars),
+    ]
+
+
+@group(
     ratio("run_parallel.sh, 2 workers", "GNU tar, 2 processes"),
     ratio("create_with_ray.py, 2 workers", "GNU tar, 2 processes"),
     seconds("listing", most=6),
