@@ -19,7 +19,7 @@ PROJECT = HERE.parent
 AT_STORE = "s3://benchmark/output"  # what contestants write to the bucket
 
 # GNU tar lists its files within its time too, and in the fastest way, unsorted (ls -U).
-TAR = """cd "$1" && ls -U | awk -v part="$3" -v parts="$4" 'NR % parts == part' |
+TAR = """cd "$1" && LC_ALL=C ls $5 | awk -v part="$3" -v parts="$4" 'NR % parts == part' |
 tar --format=ustar -cf "$2/$3.tar" -T - && sync "$2/$3.tar" """
 
 
@@ -133,10 +133,10 @@ class Course:
         words += ["--source", files.path] if files else []
         return self.script(name, "read_webdataset.py", shards, *words)
 
-    def tar(self, name: str, data: Data, parts: int = 1) -> Contestant:
+    def tar(self, name: str, data: Data, parts: int = 1, order: str = "-U") -> Contestant:
         """Return GNU tar as a contestant."""
         head = ["sh", "-c", TAR, "sh", data.path, str(self.output)]
-        jobs = [[*head, str(part), str(parts)] for part in range(parts)]
+        jobs = [[*head, str(part), str(parts), order] for part in range(parts)]
         return Contestant(name, jobs, data.samples)
 
     def slow_opens(self, ms: int = 1) -> dict[str, str]:
@@ -148,6 +148,21 @@ class Course:
         except (OSError, subprocess.CalledProcessError) as error:
             raise Skipped(f"slow_open.c cannot be compiled: {error}") from None
         return {"LD_PRELOAD": library}
+
+    def forget(self, folder: str) -> bool:
+        """Drop what is in memory of a folder; where none may, ask for its files to be dropped.
+
+        Returns:
+            Whether all is dropped; else folders and inodes are still there.
+        """
+        try:
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+        except OSError:
+            for path in Path(folder).iterdir():
+                with path.open("rb") as stream:
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return False
+        return True
 
     def clear(self) -> None:
         """Remove what a contestant wrote; its files stay, empty, until all is over.

@@ -98,10 +98,29 @@ def slow_answers(course: Course) -> list[Contestant]:
         for data, suffix in ((prefixes, ""), (one, ", one prefix"))
         for name, function in (
             ("listing", "packers.listing"),
-            ("one listing of obstore's", "packers.serial"),
+            ("one listing of obstore's", "packers.never_ahead"),
         )
     ]
     return [contestant._replace(env=env) for contestant in contestants]
+
+
+@group(
+    ratio("ours", "ours, never ahead", most=0.35),
+    ratio("GNU tar, in the same order", "ours", least=3),
+    ratio("GNU tar, in the same order", "run_parallel.sh, 2 workers"),
+)
+def cold(course: Course) -> list[Contestant]:
+    """100,000 samples of 1 KB + 40 B, of which nothing is in memory."""
+    files = course.files(100_000, KB)
+    packed = course.written("packers.ours", files, 4)
+    contestants = [
+        course.call("ours", "packers.ours", files),
+        course.call("ours, never ahead", "packers.never_ahead", files),
+        course.tar("GNU tar, in the same order", files, order="-1"),
+        course.pack("run_parallel.sh, 2 workers", files, "--num-workers 2"),
+        course.read("read_webdataset.py --source, 2 workers", packed, 2, files),
+    ]
+    return [contestant._replace(cold=files.path) for contestant in contestants]
 
 
 @group(ratio("create_with_ray.py, 2 workers", "empty Ray, start and stop", most=1.5))

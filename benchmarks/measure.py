@@ -30,6 +30,7 @@ class Contestant(NamedTuple):
     go: bool = False  # each job stops when it has imported; the clock starts when all have
     env: Mapping[str, str] = {}
     waited_for: bool = True  # not so Ray's workers: the kernel keeps no account of what they took
+    cold: str = ""  # a folder of which nothing may be in memory
 
 
 def spawn(job: list[str], env: Mapping[str, str], log: Path) -> int:

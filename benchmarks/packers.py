@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -40,6 +41,13 @@ def load_all(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
 def ours(task: Task) -> None:
     """Pack with the function that both drivers call."""
     script = contestant.ours("create_webdataset", task)
+    script.create_webdataset(task.source, task.output, task.part, task.parts)
+
+
+def never_ahead(task: Task) -> None:
+    """Do the same, but never read a file ahead."""
+    script = contestant.ours("create_webdataset", task)
+    sys.modules["sharding.parallel"].FIRST = sys.maxsize  # type: ignore[attr-defined]
     script.create_webdataset(task.source, task.output, task.part, task.parts)
 
 

@@ -149,7 +149,7 @@ class Source(Protocol):
         """
 
     def read_batches(self, source: str, samples: Samples) -> Generator[Batch, None, None]:
-        """Yield all samples in order, a batch at a time, read ahead where files open slowly.
+        """Yield all samples in order, a batch at a time, read ahead where that is faster.
 
         Raises:
             PackError: a file was changed since it was listed, or while it was read.

@@ -160,6 +160,18 @@ through_proxies = pytest.mark.skipif(SCHEME == "gs", reason="it knows its own ad
 of_s3 = pytest.mark.skipif(SCHEME != "s3", reason="of stores that speak S3")
 
 
+def slow_opens(folder: Path, microseconds: int) -> dict[str, str]:
+    """Return the environment in which each open of a path with "sample-" takes so much longer."""
+    library = folder / "slow_open.so"
+    source = ROOT / "benchmarks" / "slow_open.c"
+    define = f"-DSLOW_OPEN_NS={microseconds}000"
+    command = ["cc", define, "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    if not shutil.which("cc") or sys.platform != "linux":
+        pytest.skip("needs a C compiler, and Linux")
+    subprocess.run(command, check=True)
+    return {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
+
+
 def slow_proxy(rate: int, from_when: float = 0) -> str:
     """Return a URL that leads to the server, at so many bytes a second each way.
 

@@ -22,11 +22,11 @@ from typing import NamedTuple
 import pytest
 from conftest import (
     MOSTLY_BASH,
-    ROOT,
     SOAK,
     hashes,
     members,
     run_script,
+    slow_opens,
     touch,
     without_privileges,
     write_pairs,
@@ -652,18 +652,6 @@ def test_a_mount_that_has_died(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- slow folders
 
 
-def slow_opens(folder: Path, milliseconds: int) -> dict[str, str]:
-    """Return the environment in which each open of a path with "sample-" takes so much longer."""
-    library = folder / "slow_open.so"
-    source = ROOT / "benchmarks" / "slow_open.c"
-    define = f"-DSLOW_OPEN_NS={milliseconds}000000"
-    command = ["cc", define, "-shared", "-fPIC", "-o", library, source, "-ldl"]
-    if not shutil.which("cc") or sys.platform != "linux":
-        pytest.skip("needs a C compiler, and Linux")
-    subprocess.run(command, check=True)
-    return {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
-
-
 @pytest.mark.parametrize("below", ["", "/a/b"])
 def test_slow_folders_are_read_side_by_side(below: str, tmp_path: Path) -> None:
     """One after the other, the 300 of them take 3 s."""
@@ -675,7 +663,7 @@ def test_slow_folders_are_read_side_by_side(below: str, tmp_path: Path) -> None:
         "began = time.perf_counter(); found = list_samples(sys.argv[1]).samples\n"
         "print(len(found), time.perf_counter() - began, threading.active_count())"
     )
-    env = slow_opens(tmp_path, 10)
+    env = slow_opens(tmp_path, 10_000)
     done = subprocess.check_output([sys.executable, "-c", code, source], env=env, text=True)
     samples, seconds, threads = done.split()
     assert (samples, threads) == (str(number), "1") and float(seconds) < 1.2, done
@@ -706,8 +694,8 @@ def test_reading_ahead_changes_nothing(seed: int, ahead: int, tmp_path: Path, mo
     monkeypatch.setattr(walk, "NAMES_AT_ONCE", 3)
     monkeypatch.setattr(ahead_room, "AHEAD", ahead)
     found = []
-    for slow in (60, -1):
-        monkeypatch.setattr(walk, "SLOW_OPEN", slow)
+    for slow in (1 << 30, 0):
+        monkeypatch.setattr(walk, "SLOW_FOLDERS", slow)
         report = tmp_path / "report"
         with open_report(str(report)) as opened:
             listing = list_samples(source, skip_bad=True, report=opened)
@@ -726,7 +714,7 @@ def test_what_is_read_ahead_is_bounded(tmp_path: Path, monkeypatch) -> None:
     touch(source, *pairs)
     monkeypatch.setattr(walk, "NAMES_AT_ONCE", 20)
     monkeypatch.setattr(ahead_room, "AHEAD", 200)
-    monkeypatch.setattr(walk, "SLOW_OPEN", -1)
+    monkeypatch.setattr(walk, "SLOW_FOLDERS", 0)
     parts = walk.Ahead.parts
 
     def looking(self, folder):
@@ -745,7 +733,7 @@ def test_a_broken_folder_that_is_read_ahead(preload: str, tmp_path: Path) -> Non
     source = touch(tmp_path / "source", *(f"sample-{n}/x.md" for n in range(30)))
     env = {"READDIR_ERRNO": str(errno.EIO), "ODD_NAME": "/sample-7"}
     touch(source, *(f"sample-7/{n}.md" for n in range(9)))
-    env |= {"LD_PRELOAD": f"{slow_opens(tmp_path, 1)['LD_PRELOAD']} {preload}"}
+    env |= {"LD_PRELOAD": f"{slow_opens(tmp_path, 1_000)['LD_PRELOAD']} {preload}"}
     flags = [f"--source={source}", f"--output={tmp_path}/o", "--shard-id=0", "--total-shards=1"]
     done = run_script("create_webdataset.py", *flags, env=env)
     said = f"--source cannot be listed: '{source}/sample-7': {os.strerror(errno.EIO)}\n"

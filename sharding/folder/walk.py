@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 import stat
 import time
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process, not faults of a name
 NAMES_AT_ONCE = 4_096
-SLOW_OPEN = 0.0005  # seconds; a local disk takes a twentieth of that to open a folder
-SLOW_FOLDERS = 3  # so many more slow folders than fast ones, and threads read ahead
+SLOW_FOLDERS = 3  # so many more that are waited for than not, and threads read ahead
 
 
 _OPENED = Part([], [], [])
@@ -62,7 +62,7 @@ class _Walk:
         self.scan = scan
         self.left = [Folder("", True, (), ())]
         self.vanished: dict[str, dict[str, Odd]] = defaultdict(dict)  # folders, by their parent
-        self.slow = 0  # folders that were slow to open, less those that were not
+        self.slow = 0  # folders that were waited for, less those that were not
         self.ahead: Ahead | None = None
 
     def list_folder(self, folder: Folder) -> None:
@@ -90,13 +90,15 @@ class _Walk:
         if self.ahead:
             yield from self.ahead.parts(folder)
             return
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.thread_time()
         parts = _read(self.scan.source, folder)
-        yield next(parts)
-        is_slow = time.perf_counter() - began > SLOW_OPEN
-        self.slow = max(0, self.slow + (1 if is_slow else -1))
+        opened = list(itertools.islice(parts, 2))
+        busy = time.thread_time() - busy
+        waited = time.perf_counter() - began > 2 * busy
+        self.slow = max(0, self.slow + (1 if waited else -1))
+        yield from opened
         yield from parts
-        if self.slow == SLOW_FOLDERS:
+        if self.slow >= SLOW_FOLDERS:
             self.ahead = Ahead(functools.partial(_read, self.scan.source), self.left)
 
 
