@@ -20,6 +20,10 @@ from typing import Any, BinaryIO, Protocol
 BLOCK = tarfile.BLOCKSIZE
 WRITE_SIZE = 512 << 10  # bytes gathered for one write
 SEND_SIZE = 16 << 20  # bytes sent to the disk at a time
+WINDOW_SIZE = (
+    256 << 10
+)  # bytes looked at at a time where all are read: a processor's cache holds them
+SCAN_SIZE = 4 << 10  # the same where headers alone are read
 COPY_SIZE = 1 << 20  # bytes of a large file that are copied at a time
 PAX_SIZE = 8 << 30  # bytes from which a size does not fit the header's eleven octal digits
 MAX_EXTENDED = 8 << 10  # bytes of an extended header; names of files have 4 KB at most
@@ -211,14 +215,56 @@ class FastTarWriter:
 # ---------------------------------------------------------------- reading
 
 
-def read_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int]]:
-    """Yield (name, size) of each member, with the stream at its content; see `find_members`."""
-    for name, size, _ in find_members(stream, end):
-        yield name, size
+class Window:
+    """A stream that is read forwards, through a buffer out of which small contents are cut.
+
+    It reads much at a time only while nearly all of it is wanted.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        """Take a stream that can seek."""
+        self.stream = stream
+        self.place = 0  # from where the next bytes are read
+        self.data, self.begin = b"", 0  # what was read last, and from where
+        self.step = SCAN_SIZE // 2  # bytes of that, at least; the first read doubles it
+
+    def tell(self) -> int:
+        """Return the place from which is read."""
+        return self.place
+
+    def seek(self, place: int) -> int:
+        """Read from there."""
+        self.place = place
+        return place
+
+    def read(self, size: int) -> bytes:
+        """Return so many bytes, or what is left."""
+        begin = self.place - self.begin
+        end = begin + size
+        if begin < 0 or end > len(self.data):
+            return self._read_on(size)
+        self.place += size
+        return self.data[begin:end]
+
+    def _read_on(self, size: int) -> bytes:
+        """Return the same, of which the buffer has no more than the first part."""
+        begin, end = self.place - self.begin, self.begin + len(self.data)
+        head = self.data[begin:] if begin >= 0 else b""
+        skipped = self.place + len(head) - end
+        self.step = min(2 * self.step, WINDOW_SIZE) if 0 <= skipped < 4 * self.step else SCAN_SIZE
+        self.begin = self.stream.seek(end + skipped)
+        left = size - len(head)
+        data = self.stream.read(max(left, self.step))
+        self.data = data if left < WINDOW_SIZE else b""  # a large one is not held
+        if not self.data:
+            self.begin += len(data)
+        content = head + data[:left]
+        self.place += len(content)
+        return content
 
 
-def find_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, size, offset of the content) of each member, with the stream at its content.
+def read_members(stream: BinaryIO | Window, end: int) -> Iterator[tuple[str, int]]:
+    """Yield (name, size) of each member, with the stream at its content.
 
     Understands what tar writers make of plain files: ustar and pax headers, and GNU's long names.
     All else is refused, where readers would guess, skip it, or stop early in silence.
@@ -230,38 +276,46 @@ def find_members(stream: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
     Raises:
         Damaged: it is not one whole, plain archive.
     """
-    if COMPRESSED.match(stream.read(BLOCK)):
+    window = stream if isinstance(stream, Window) else Window(stream)
+    if COMPRESSED.match(window.read(BLOCK)):
         raise Damaged("compressed, or readers take it for that")
     offset, extended = 0, b""
-    while True:
-        stream.seek(offset)
+    while True:  # as `write_members`, a hot path
+        window.place = offset
         padding = -offset % BLOCK
-        header = stream.read(padding + BLOCK)
-        if padding:
-            if header[:padding].strip(b"\0"):
-                raise Damaged(f"bytes other than zero behind the member that ends at {offset:,}")
-            header, offset = header[padding:], offset + padding
+        data, begin = window.data, offset - window.begin
+        if begin < 0 or begin + padding + BLOCK > len(data):
+            data, begin = window.read(padding + BLOCK), 0
+        usual = data.startswith(_ZEROS[padding], begin)
+        if not usual and data[begin : begin + padding].strip(b"\0"):
+            raise Damaged(f"bytes other than zero behind the member that ends at {offset:,}")
+        offset += padding
+        header = data[begin + padding : begin + padding + BLOCK]
         if len(header) < BLOCK:
             raise Damaged("cut short: the end-of-archive blocks are missing")
-        if not header[0] and not header.strip(b"\0"):
+        known = None if extended else _read_usual(header)
+        if not known and not header[0] and not header.strip(b"\0"):
             break
-        kind, name, size = _read_header(header, extended, offset)
+        kind, name, size = known or _read_header(header, extended, offset)
         if not 0 <= size <= end - offset - BLOCK:
             raise Damaged(f"cut short: the member at byte {offset:,} is not whole")
-        if kind in PLAIN:
-            extended = b""
-            yield name, size, offset + BLOCK
-        elif kind in EXTENDED:
+        if kind in EXTENDED:
             if extended or size > MAX_EXTENDED:
                 raise Damaged(f"extended header of {size:,} bytes, or two in a row")
-            extended = header + stream.read(size + -size % BLOCK)
-        else:  # a folder
+            window.place = offset + BLOCK
+            extended = header + window.read(size + -size % BLOCK)
+        else:
             extended = b""
+            if kind in PLAIN:
+                window.place = offset + BLOCK
+                if window is not stream:
+                    stream.seek(window.place)
+                yield name, size
         offset += BLOCK + size
-    stream.seek(offset)
+    window.place = offset
     if end - offset < 2 * BLOCK or extended:
         raise Damaged("cut short: the second end-of-archive block, or a member, is missing")
-    while rest := stream.read(1 << 20):
+    while rest := window.read(1 << 20):
         if rest.strip(b"\0"):
             raise Damaged("trailing garbage behind the end of the archive")
 
@@ -276,6 +330,27 @@ _KINDS = {  # that are refused
     tarfile.XGLTYPE: "a global header",
 }
 
+_MIDDLE = re.compile(re.escape(_BEFORE_SIZE) + rb"([0-7]{11})" + re.escape(_AFTER_SIZE))
+_SPACES = sum(b" " * 8 + _REST) - 1  # with a header's first part, whose Adler-32 begins at one
+_SLASH = ord("/")
+
+
+@functools.lru_cache(maxsize=4_096)
+def _of_middle(middle: bytes) -> int | None:
+    """Return the size that a header gives between name and checksum; None if it is not usual."""
+    match = _MIDDLE.fullmatch(middle)
+    return int(match[1], 8) if match else None
+
+
+def _read_usual(header: bytes) -> tuple[bytes, str, int] | None:
+    """Return what `_read_header` does of a header such as this module writes; None of others."""
+    if header[148:] != _of_checksum(_SPACES + (zlib.adler32(header[:148]) & 0xFFFF)):
+        return None
+    size, name = _of_middle(header[100:148]), header[:100].rstrip(b"\0")
+    if size is None or not name or b"\0" in name or name[-1] == _SLASH:
+        return None
+    return b"0", name.decode("utf-8", "surrogateescape"), size
+
 
 def _read_header(header: bytes, extended: bytes, offset: int) -> tuple[bytes, str, int]:
     """Return type, name and size of a member, as tarfile, and so webdataset, reads them.
@@ -285,14 +360,6 @@ def _read_header(header: bytes, extended: bytes, offset: int) -> tuple[bytes, st
         extended: the pax header or GNU long name in front of it, whole, or nothing.
         offset: where in the archive it is, for messages.
     """
-    name, digits = header[:100].rstrip(b"\0"), header[124:135]
-    if not extended and name and b"\0" not in name and name[-1:] != b"/":
-        try:
-            size = int(digits, 8)
-        except ValueError:
-            size = -1
-        if size >= 0 and header == plain_header(name, size):
-            return tarfile.REGTYPE, name.decode("utf-8", "surrogateescape"), size
     where = f"at byte {offset:,}"
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")

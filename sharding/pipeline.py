@@ -327,6 +327,10 @@ class MakeTuples:
         """Return the fields of a sample."""
         if "__place__" in sample:
             sample = _scan_shard(sample["__url__"], self.wanted)[sample["__place__"]]
+        if not self.decoders:  # nearly all that is left to do is to pass on bytes
+            values = tuple([sample.get(entry) for entry, _ in self.entries])
+            if {type(value) for value in values} == {bytes}:
+                return values
         return tuple(self.value(sample, *entry) for entry in self.entries)
 
     def value(self, sample: Mapping[str, Any], entry: str, alternatives: Sequence[str]) -> Any:

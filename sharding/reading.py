@@ -11,7 +11,7 @@ from itertools import chain, groupby, islice
 from operator import itemgetter
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from sharding.archive import Damaged, read_members
+from sharding.archive import SCAN_SIZE, Damaged, Window, read_members
 from sharding.errors import PackError
 from sharding.places import dataset_at
 from sharding.samples import RESERVED_FOLDER, split_name
@@ -21,7 +21,6 @@ T = TypeVar("T")
 # Bytes read at a time. To free so large a buffer teaches glibc's malloc to keep what is freed:
 # with 1 MB, each tensor of a decoded picture was given back and fetched anew, for half of the time.
 READ_SIZE = 4 << 20
-SCAN_SIZE = 4 << 10  # the same where headers alone are read
 
 Member = tuple[str, str, int]  # key, field in lower case, size
 KEY = itemgetter(0)  # of a member: `groupby(walk(...), KEY)` gives the members of each sample
@@ -43,7 +42,7 @@ class Later(NamedTuple):
 
 
 def walk(
-    stream: BinaryIO, end: int, dropped: Callable[[str], object] | None = None
+    stream: BinaryIO | Window, end: int, dropped: Callable[[str], object] | None = None
 ) -> Iterator[Member]:
     """Yield the members of all samples in a shard, with the stream at the content of each.
 
@@ -95,16 +94,21 @@ def read_samples(
     buffering = SCAN_SIZE if later() else READ_SIZE
     try:
         with dataset_at(path).open_shard(path, buffering) as (stream, end, version):
-            for key, members in groupby(walk(stream, end), KEY):
-                sample: dict[str, Any] = {"__key__": key, **where}
-                put_off = later()
-                for _, field, size in members:
-                    if wanted is not None and field not in wanted:
-                        continue
-                    if put_off:
-                        sample[field] = Later(path, stream.tell(), size, version)
-                    else:
-                        sample[field] = stream.read(size)
+            window, sample, put_off = Window(stream), dict[str, Any](), False
+            for key, field, size in walk(window, end):
+                if not sample or key != sample["__key__"]:
+                    if sample:
+                        yield sample
+                    sample, put_off = {"__key__": key, **where}, later()
+                if wanted is not None and field not in wanted:
+                    continue
+                if put_off:
+                    sample[field] = Later(path, window.place, size, version)
+                else:
+                    begin = window.place - window.begin
+                    content = window.data[begin : begin + size]  # in front of it, with its header
+                    sample[field] = content if len(content) == size else window.read(size)
+            if sample:
                 yield sample
     except Damaged as error:
         raise PackError(f"{path!r}: {error}") from None
@@ -132,6 +136,6 @@ def sound_part(path: str, samples: Iterator[T]) -> Iterator[T]:
         Damaged: behind the last sample but one that was found sound, and so was yielded.
     """
     with dataset_at(path).open_shard(path, SCAN_SIZE) as (stream, end, _):
-        begun = groupby(walk(stream, end), KEY)
+        begun = groupby(walk(Window(stream), end), KEY)
         for _ in chain(islice(begun, 1, None), [None]):
             yield from islice(samples, 1)

@@ -223,6 +223,10 @@ def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
     The rule is webdataset's (`base_plus_ext` in `webdataset/tariterators.py`): the key ends at the
     first dot of the last component. (None, None) for a name that has no key or no field.
     """
+    folder, slash, file = name.rpartition("/")
+    stem, dot, field = file.partition(".")
+    if stem and dot and "\n" not in name:  # as nearly all; in a third of the time
+        return folder + slash + stem, field
     match = _MEMBER.fullmatch(name)
     return (match[1], match[2]) if match else (None, None)
 

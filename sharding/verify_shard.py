@@ -14,9 +14,9 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
-from sharding.archive import Damaged
+from sharding.archive import Damaged, Window
 from sharding.decoding import decode_member, is_text
 from sharding.messages import count
 from sharding.pack import write_samples
@@ -222,6 +222,7 @@ def check_members(task: Task, stream: BinaryIO, size: int) -> Checked:
     keys: list[str] = []
     field_sets: dict[tuple[str, ...], list[str]] = defaultdict(list)
     wanted = (_Made if task.transform else _Files)(task)
+    stream = cast(BinaryIO, Window(stream))  # which reads, seeks and tells like one
     seen: set[str] = set()
     empty, sound, shard = 0, False, os.path.basename(task.path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import tarfile
 
 import pytest
@@ -122,3 +123,66 @@ def test_a_buffer_that_is_used_again() -> None:
         buffer[:] = b"other"
     with tarfile.open(fileobj=io.BytesIO(ours.getvalue())) as tar:
         assert [tar.extractfile(info).read() for info in tar] == [b"first"] * 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_window_reads_what_the_stream_holds(seed: int) -> None:
+    """At any place, of any size, whatever was read before; a stream may be a file or a bucket."""
+    rng = random.Random(seed)
+    content = rng.randbytes(3 * archive.WINDOW_SIZE)
+    sizes = (1, 512, archive.SCAN_SIZE, archive.WINDOW_SIZE, 2 * archive.WINDOW_SIZE)
+    window = archive.Window(io.BytesIO(content))
+    for _ in range(300):
+        size = rng.randrange(rng.choice(sizes) + 1)
+        if rng.random() < 0.3:
+            place = rng.choice((rng.randrange(len(content)), max(0, window.tell() - size)))
+            window.seek(min(place, window.tell() + rng.choice((0, 1, 5_000, len(content)))))
+        place = window.tell()
+        assert window.read(size) == content[place : place + size], (place, size)
+        assert window.tell() == place + len(content[place : place + size])
+
+
+def test_headers_are_read_without_what_lies_between() -> None:
+    """Large contents are passed over; small ones are read along, many at a time."""
+
+    class Counter(io.BytesIO):
+        count = bytes_read = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            data = super().read(size)
+            self.count, self.bytes_read = self.count + 1, self.bytes_read + len(data)
+            return data
+
+    for size in (100, 1_000_000):
+        stream = Counter()
+        with archive.FastTarWriter(stream) as sink:
+            for number in range(100):
+                sink.write({"__key__": str(number), "jpg": bytes(size)})
+        end = stream.seek(0, io.SEEK_END)
+        stream.count = stream.bytes_read = 0
+        assert sum(1 for _ in archive.read_members(archive.Window(stream), end)) == 100
+        assert stream.count <= 12 if size == 100 else stream.bytes_read < end // 100, size
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_usual_header_is_one_of_ours(seed: int) -> None:
+    """What is read in a short way has not one bit that this module would write otherwise."""
+    rng, usual = random.Random(seed), 0
+    for _ in range(500):
+        name = rng.choice((b"a.jpg", b"x" * 100, "é.txt".encode(), b"\xff.txt", b"a/", b""))
+        header = bytearray(
+            archive.plain_header(name, rng.choice((0, 7, 40, 8 << 10, (8 << 30) - 1)))
+        )
+        for _ in range(rng.choice((0, 0, 1, 2))):
+            header[rng.randrange(archive.BLOCK)] = rng.choice((0, 32, 47, 48, 55, 255))
+        if rng.random() < 0.7:
+            checksum = sum(header[:148]) + sum(header[156:]) + 8 * 32
+            header[148:156] = b"%06o\0 " % checksum
+        found = archive._read_usual(bytes(header))
+        if found:
+            kind, name_read, size = found
+            encoded = name_read.encode("utf-8", "surrogateescape")
+            assert kind == b"0" and bytes(header) == archive.plain_header(encoded, size)
+            assert encoded and encoded[-1:] != b"/"
+            usual += 1
+    assert 50 < usual < 450, usual

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from sharding import faults
-from sharding.archive import BLOCK, Damaged, find_members
+from sharding.archive import BLOCK, Damaged, Window, read_members
 from sharding.errors import InputError
 from sharding.messages import argument, count, explain
 from sharding.parallel import in_order
@@ -100,11 +100,12 @@ def _walk(number: int, path: str) -> Generator[Origin | Page | Damaged, None, No
 
 def _pages(number: int, stream: BinaryIO, end: int) -> Iterator[Page]:
     """Yield the members of the archive of this number."""
-    members, place = find_members(stream, end), f"{number:x}.%x.%x"
+    window, place = Window(stream), f"{number:x}.%x.%x"
+    members = read_members(window, end)
     while True:
         folders: dict[str, tuple[list[str], list[str]]] = {}
         odd, last, skip, name = [], None, False, None
-        for name, size, offset in islice(members, NAMES_AT_ONCE):  # this loop sees each member
+        for name, size in islice(members, NAMES_AT_ONCE):  # this loop sees each member
             if name[:2] == "./":
                 name = name[2:]
             cut = name.rfind("/") + 1
@@ -119,7 +120,7 @@ def _pages(number: int, stream: BinaryIO, end: int) -> Iterator[Page]:
                     odd.append(name)
                 continue  # a hidden name
             names.append(base)
-            places.append(place % (offset // BLOCK, size))
+            places.append(place % (window.place // BLOCK, size))
         if name is None:
             return
         yield Page({f: ("/".join(n), " ".join(p)) for f, (n, p) in folders.items() if n}, odd)
