@@ -126,7 +126,7 @@ def test_a_path_that_answers_with_an_error(preload: str, tmp_path: Path) -> None
     with pytest.raises(InputError, match="No such file"):
         folder.find_shards(str(tmp_path / FEW[0]))
     os.mkfifo(tmp_path / FEW[1])
-    with pytest.raises(InputError, match=r"is not a shard-\*\.tar"):
+    with pytest.raises(InputError, match="is not a file"):
         folder.find_shards(str(tmp_path / FEW[1]))
 
 

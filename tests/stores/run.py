@@ -21,16 +21,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from stores.servers import SERVERS, missing, title  # noqa: E402
 
 READ, OUTPUT, KILLED, MEMORY = "read", "output", "killed, resumed", "memory < 200 MB"
+OF_ONE = ("test_azure", "test_google")
 # What the columns of the table stand for: which tests.
 COLUMNS = {
-    READ: ("test_bucket",),
-    "source": ("test_objects", "test_bucket_listing"),
-    OUTPUT: ("test_bucket_run", "test_stores", "test_transform", "test_azure", "test_google"),
+    READ: ("test_bucket", "test_braces"),
+    "source": ("test_objects", "test_bucket_listing", "test_tars"),
+    OUTPUT: ("test_bucket_run", "test_stores", "test_transform", "test_record", *OF_ONE),
     KILLED: (),  # by the name of the test
     MEMORY: (),
 }
 READING = ["test_bucket.py", "test_bucket_listing.py", "test_objects.py"]
+READING += ["test_braces.py::test_in_a_bucket"]
 WRITING = ["test_bucket_run.py", "test_transform.py::test_a_bucket_at_either_end"]
+WRITING += [
+    f"test_tars.py::test_{name}" for name in ("bucket_to_bucket", "a_changed_archive_in_a_bucket")
+]
+WRITING += [
+    f"test_record.py::test_{name}_in_a_bucket"
+    for name in ("kills", "a_single_shard", "checksums", "already_complete")
+]
 READ_ALONE = {"fake-gcs-server"}
 SOAK = bool(os.environ.get("SOAK"))
 
@@ -40,7 +49,7 @@ def column(case: xml.Element) -> str:
     name = case.get("name", "")
     if "memory" in name or "few_parts" in name:
         return MEMORY
-    if "killed_runs" in name or "cut_while" in name or "resume_keeps" in name:
+    if "killed_runs" in name or "kills" in name or "cut_while" in name or "resume_keeps" in name:
         return KILLED
     module = case.get("classname", "").rpartition(".")[2]
     return next(each for each, modules in COLUMNS.items() if module in modules)
