@@ -26,6 +26,7 @@ from conftest import (
 )
 
 from create_webdataset import create_webdataset
+from sharding.__main__ import main as start_main
 from sharding.archive import FastTarWriter
 from sharding.batch import Batch
 from sharding.errors import InputError, PackError
@@ -317,24 +318,33 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("script", ["run_parallel.sh", "create_webdataset.py", "sharding"])
-@pytest.mark.parametrize(("text", "name", "said"), REFUSED)
-def test_preflight(script: str, text: str | bytes | None, name: str, said: str, place) -> None:
+def assert_refused(done: tuple[int, str, str], said: str, output: Path) -> None:
     """Exit 2, one line that names the file, and nothing is written."""
-    if script != "run_parallel.sh" and "deeper" not in str(text):
-        pytest.skip("they do the same")
+    code, out, err = done
+    assert (code, out, err.count("\n")) == (2, "", 1), done
+    assert_matches(said, err)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("text", "name", "said"), REFUSED)
+def test_preflight(text: str | bytes | None, name: str, said: str, place, capfd) -> None:
     file: Path = place[2]
     file.unlink()
     if text is not None:
         file.write_bytes(text.encode() if isinstance(text, str) else text)
-    flags = flags_of(place, name=name)
+    code = start_main(["start", *flags_of(place, name=name)])
+    assert_refused((code, *capfd.readouterr()), said, place[1])
+
+
+@pytest.mark.parametrize("script", ["run_parallel.sh", "create_webdataset.py"])
+def test_preflight_of_each_script(script: str, place) -> None:
+    place[2].write_text("def change(sample):\n    return sample['png']\n")
+    flags = flags_of(place)
     if script == "create_webdataset.py":
         flags = [*flags[:4], flags[6], "--shard-id=0", "--total-shards=4"]
-    begin = ["start"] if script == "sharding" else []
-    done = run_script(script, *begin, *flags)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
-    assert_matches(said, done.stderr)
-    assert not place[1].exists()
+    done = run_script(script, *flags)
+    said = "sample 'sample-0': '.*own.py', line 2: KeyError: 'png'"
+    assert_refused((done.returncode, done.stdout, done.stderr), said, place[1])
 
 
 def assert_matches(pattern: str, text: str) -> None:
@@ -616,7 +626,7 @@ def test_a_bucket_at_either_end(bucket: Bucket, place, tmp_path: Path) -> None:
 @pytest.fixture
 def packed(place) -> tuple[Path, Path, Path]:
     """The same, packed."""
-    assert run_script("run_parallel.sh", *flags_of(place)).returncode == 0
+    leave(place, (0, 1, 2, 3)).finish()
     return place
 
 
