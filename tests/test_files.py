@@ -262,7 +262,7 @@ def test_samples_of_many_files(width: int, tmp_path: Path, monkeypatch) -> None:
     """Neither open files nor memory grow with the number of fields."""
     source, fields = tmp_path / "source", [f"f{number}" for number in range(70)]
     source.mkdir()
-    for sample in range(20):
+    for sample in range(8):  # more files than may be open
         for field in fields:
             (source / f"{sample}.{field}").touch()
             os.truncate(source / f"{sample}.{field}", files.AHEAD_SIZE + 1)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script, write_pairs
+from conftest import ROOT, SOAK, run_script, write_pairs
 
 SCRIPTS = ["create_webdataset.py", "create_with_ray.py", "read_webdataset.py", "sharding"]
 LIAR = """#!/bin/sh
@@ -153,6 +153,7 @@ def test_a_clone_where_git_changes_line_ends(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not SOAK, reason="makes a .venv with pip: `make soak`")
 def test_a_venv_without_pip(tmp_path: Path) -> None:
     """As Debian makes one where python3-venv is missing; a second `make` used to stop there."""
     project = copy_project(tmp_path / "project")

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import pytest
 import webdataset as wds
 from conftest import (
-    DRIVERS,
     MOSTLY_BASH,
     Bucket,
     hashes,
@@ -507,7 +506,7 @@ def leave(place, finished: tuple[int, ...] = (0, 2)) -> Run:
     return run
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", MOSTLY_BASH)
 def test_going_on(driver: str, place) -> None:
     """Kept shards tell what was dropped, though another process packed them."""
     leave(place)
@@ -568,9 +567,9 @@ def test_the_count_survives_a_cut_while_publishing(place) -> None:
 
 
 def slow_function(place) -> None:
-    """A function of 50 ms a sample."""
+    """A function of 20 ms a sample."""
     place[2].write_text(
-        "import time\ndef change(sample):\n    time.sleep(0.05)\n    return {'x': sample['txt']}\n"
+        "import time\ndef change(sample):\n    time.sleep(0.02)\n    return {'x': sample['txt']}\n"
     )
 
 
