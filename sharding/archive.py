@@ -20,9 +20,7 @@ from typing import Any, BinaryIO, Protocol
 BLOCK = tarfile.BLOCKSIZE
 WRITE_SIZE = 512 << 10  # bytes gathered for one write
 SEND_SIZE = 16 << 20  # bytes sent to the disk at a time
-WINDOW_SIZE = (
-    256 << 10
-)  # bytes looked at at a time where all are read: a processor's cache holds them
+WINDOW_SIZE = 256 << 10  # bytes read at a time where all are read; a processor's cache holds them
 SCAN_SIZE = 4 << 10  # the same where headers alone are read
 COPY_SIZE = 1 << 20  # bytes of a large file that are copied at a time
 PAX_SIZE = 8 << 30  # bytes from which a size does not fit the header's eleven octal digits
@@ -87,12 +85,6 @@ def _of_checksum(checksum: int) -> bytes:
 def _name_checksum(name: bytes) -> int:
     """Return one more than the sum of a name's bytes: the lower half of its Adler-32."""
     return zlib.adler32(name) & 0xFFFF  # of at most 100 bytes, so below the modulus 65,521
-
-
-def plain_header(name: bytes, size: int) -> bytes:
-    """Return the header of a member with an ASCII name of at most 100 bytes, below 8 GiB."""
-    middle, checksum, _ = _of_size(size)
-    return name.ljust(100, b"\0") + middle + _of_checksum(checksum + _name_checksum(name))
 
 
 # ---------------------------------------------------------------- writing

@@ -207,7 +207,7 @@ def plain_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stdout_apart(needed: object = True) -> Iterator[None]:
+def stdout_apart(needed: object) -> Iterator[None]:
     """Keep stdout for our own lines: what else prints here, a user's subprocess say, uses stderr.
 
     Args:

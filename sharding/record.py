@@ -180,7 +180,7 @@ def _parse(value: Any) -> Record:
     _insist(value.pop("version") == _VERSION and value.keys() == {"source", "digest", "packed"})
     _insist(isinstance(value["source"], str) and _DIGEST.fullmatch(value["digest"]))
     _insist(given.replace_dots is None or len(given.replace_dots) == 1)
-    _insist(given.skip_bad in (True, False) and type(given.skip_bad) is bool)
+    _insist(type(given.skip_bad) is bool)
     _insist(given.shuffle is None or type(given.shuffle) is int)
     given.parsed()
     if transform is not None:

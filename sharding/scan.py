@@ -133,8 +133,8 @@ class Scan:
         stem: str,
         extensions: tuple[str, ...],
         which: tuple[str, ...],
-        odd: Sequence[Odd] = (),
-        versions: str = "",
+        odd: Sequence[Odd],
+        versions: str,
     ) -> None:
         """Note all the files of a stem, which are refused together."""
         each = versions.split(" ") if versions else [""] * len(extensions)

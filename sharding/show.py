@@ -117,7 +117,7 @@ def print_verdict(
     listing: Listing | None,
     source: str | None,
     decode: bool,
-    also: str = "",
+    also: str,
 ) -> None:
     """Print the faults, the cure, and what the shards hold, with the verdict on them.
 

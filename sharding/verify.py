@@ -68,14 +68,14 @@ Result = tuple[list[Checked], Faults]  # what each shard holds; all that is wron
 def check_dataset(
     found: Found,
     report: Report,
-    listing: Listing | None = None,
-    record: Record | None = None,
+    listing: Listing | None,
+    record: Record | None,
     *,
     fields: Fields,
-    decode: bool = False,
-    hashing: bool = False,
-    num_workers: int = 1,
-    progress: Callable[[], object] = lambda: None,
+    decode: bool,
+    hashing: bool,
+    num_workers: int,
+    progress: Callable[[], object],
 ) -> Result:
     """Check every shard, and what only shows across shards.
 

@@ -24,6 +24,13 @@ FIELDS = st.dictionaries(
 )
 
 
+def plain_header(name: bytes, size: int) -> bytes:
+    """Return the header that a member gets in the hot path of `write_members`."""
+    middle, checksum, _ = archive._of_size(size)
+    checksum += archive._name_checksum(name)
+    return name.ljust(100, b"\0") + middle + archive._of_checksum(checksum)
+
+
 @given(st.lists(st.tuples(NAMES, FIELDS), max_size=8))
 @example([("x" * 96, {"jpg": b""}), ("x" * 97, {"jpg": b"1" * 512})])  # 100 bytes, and 101
 @example([("k", {"jpg": b"1" * n}) for n in (511, 512, 513, 8192)])
@@ -48,7 +55,7 @@ def test_headers_of_any_size(name: str, size: int) -> None:
     ours = archive.read_members(io.BytesIO(header), len(header) + size)
     assert next(ours) == (name, size)
     if len(name) < 100 and size < 8 << 30 and name.isascii():
-        assert archive.plain_header(name.encode(), size) == header
+        assert plain_header(name.encode(), size) == header
 
 
 def test_a_content_in_memory_of_8_gib() -> None:
@@ -170,9 +177,7 @@ def test_a_usual_header_is_one_of_ours(seed: int) -> None:
     rng, usual = random.Random(seed), 0
     for _ in range(500):
         name = rng.choice((b"a.jpg", b"x" * 100, "é.txt".encode(), b"\xff.txt", b"a/", b""))
-        header = bytearray(
-            archive.plain_header(name, rng.choice((0, 7, 40, 8 << 10, (8 << 30) - 1)))
-        )
+        header = bytearray(plain_header(name, rng.choice((0, 7, 40, 8 << 10, (8 << 30) - 1))))
         for _ in range(rng.choice((0, 0, 1, 2))):
             header[rng.randrange(archive.BLOCK)] = rng.choice((0, 32, 47, 48, 55, 255))
         if rng.random() < 0.7:
@@ -182,7 +187,7 @@ def test_a_usual_header_is_one_of_ours(seed: int) -> None:
         if found:
             kind, name_read, size = found
             encoded = name_read.encode("utf-8", "surrogateescape")
-            assert kind == b"0" and bytes(header) == archive.plain_header(encoded, size)
+            assert kind == b"0" and bytes(header) == plain_header(encoded, size)
             assert encoded and encoded[-1:] != b"/"
             usual += 1
     assert 50 < usual < 450, usual
