@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,10 +97,19 @@ def test_programs_compile() -> None:
         compile(program, "page.py", "exec")
 
 
-@pytest.mark.parametrize("page", ["packing.md", "repacking.md", "transform.md", "checking.md"])
-def test_page(page: str, tmp_path: Path) -> None:
-    project = make_project(tmp_path / "wds-example")
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with the folders of the pages, to be put where it was made."""
+    project = make_project(tmp_path_factory.mktemp("pages") / "wds-example")
     make_layouts(project)
+    return project.rename(project.with_name("clean"))
+
+
+@pytest.mark.parametrize("page", ["packing.md", "repacking.md", "transform.md", "checking.md"])
+def test_page(page: str, laid_out: Path) -> None:
+    project = laid_out.with_name("wds-example")  # the records name its path
+    shutil.rmtree(project, ignore_errors=True)
+    shutil.copytree(laid_out, project, symlinks=True)
     assert run_page(PAGES[page], project)
 
 

@@ -406,7 +406,7 @@ def make_unreadable(source: Path) -> None:
     (source / "sample-1.jpg").symlink_to("/proc/self/mem")
 
 
-@pytest.mark.parametrize("script", DRIVERS)
+@pytest.mark.parametrize("script", MOSTLY_BASH)
 def test_a_failed_shard_is_named_and_nothing_is_published(script: str, tmp_path: Path) -> None:
     source, output = write_pairs(tmp_path / "source", 4), tmp_path / "output"
     flags = ["--source", source, "--output", output, "--num-workers", "2", "--num-shards", "4"]
