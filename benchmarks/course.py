@@ -87,6 +87,20 @@ class Course:
 
         return data._replace(path=self.made(f"{Path(data.path).name}-{by}", fill))
 
+    def recorded(self, data: Data) -> Data:
+        """Return a dataset of some data, with its record and checksums."""
+
+        def fill(folder: Path) -> None:
+            packed = data._replace(path=str(folder))
+            flags = ["--path", packed.path, "--source", data.path, "--checksums", "--quiet"]
+            for contestant in (
+                self.pack("run_parallel.sh", data, "", packed.path),
+                self.script("", "read_webdataset.py", packed, *flags),
+            ):
+                subprocess.run(contestant.jobs[0], capture_output=True, check=True)
+
+        return data._replace(path=self.made(f"{Path(data.path).name}-recorded", fill))
+
     def uploaded(self, data: Data) -> Data:
         """Return some data in a bucket; the first to ask for this starts the server."""
         self.server = self.server or Server(self.root / "server")
@@ -132,6 +146,11 @@ class Course:
         words = ["--path", shards.path, "--quiet", "--num-workers", str(workers)]
         words += ["--source", files.path] if files else []
         return self.script(name, "read_webdataset.py", shards, *words)
+
+    def shell(self, name: str, command: str, data: Data) -> Contestant:
+        """Return a command of the shell, with the path of the data as its argument."""
+        job = ["sh", "-c", f"{command} && echo counted {data.samples}", "sh", data.path]
+        return Contestant(name, [job], data.samples)
 
     def tar(self, name: str, data: Data, parts: int = 1, order: str = "-U") -> Contestant:
         """Return GNU tar as a contestant."""

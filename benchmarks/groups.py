@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from course import AT_STORE, Course
+from course import AT_STORE, HERE, Course
 from measure import Contestant
 from report import Target, memory, ratio, seconds
 
@@ -190,9 +190,46 @@ def repack(course: Course) -> list[Contestant]:
 
 
 @group(
+    ratio("run_parallel.sh, 1 worker", "run_parallel.sh, 2 workers", least=1.8),
+    ratio("ray.data", "run_parallel.sh, 2 workers", least=1),
+    ratio("litdata optimize, 2 workers", "run_parallel.sh, 2 workers", least=1),
+)
+def transform(course: Course) -> list[Contestant]:
+    """500 pictures of 1 MB, made 256 pixels wide by the same function; whole commands."""
+    files = course.written("packers.photos", course.files(500, 400 * 300 * 3), 2)
+    own = {"peer": True, "go": False}
+    flags = f"--num-shards 4 --transform {HERE}/packers.py:shrink --num-workers"
+    ray = course.call("ray.data", "packers.ray_shrink", files, **own)
+    return [
+        course.pack("run_parallel.sh, 1 worker", files, f"{flags} 1"),
+        course.pack("run_parallel.sh, 2 workers", files, f"{flags} 2"),
+        ray._replace(waited_for=False),
+        course.call("litdata optimize, 2 workers", "packers.litdata_shrink", files, **own),
+    ]
+
+
+@group(
+    ratio("sha256sum", "read_webdataset.py --checksums", least=1),
+    ratio("count_samples, from headers", "count_samples, from the record"),
+)
+def record(course: Course) -> list[Contestant]:
+    """3,000 samples of 300 KB + 40 B with a record: is the copy whole, how many are there?"""
+    packed = course.recorded(course.files(3_000, 300 * KB))
+    flags, count = ["--path", packed.path, "--checksums", "--quiet"], "readers.ours_count"
+    tars = packed._replace(path=f"{packed.path}/*.tar")  # a pattern has no record
+    return [
+        course.script("read_webdataset.py --checksums", "read_webdataset.py", packed, *flags),
+        course.shell("sha256sum", 'sha256sum "$1"/*.tar', packed),
+        course.call("count_samples, from the record", count, packed),
+        course.call("count_samples, from headers", count, tars),
+    ]
+
+
+@group(
     ratio("run_parallel.sh, 2 workers", "GNU tar, 2 processes"),
     ratio("create_with_ray.py, 2 workers", "GNU tar, 2 processes"),
     seconds("listing", most=6),
+    seconds("listing and plan, ten million files", most=10),
     memory("listing and plan, ten million files", "listing", most=400),
 )
 def million(course: Course) -> list[Contestant]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import contestant
@@ -30,6 +31,9 @@ def load(image: str) -> dict[str, Any]:
     with open(image[:-4] + ".txt", encoding="utf-8") as stream:
         text = stream.read()
     return {"__key__": os.path.basename(image)[:-4], "jpg": data, "txt": text}
+
+
+Load = Callable[[str], dict[str, Any]]
 
 
 def load_all(paths: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -133,7 +137,7 @@ def empty_ray(_task: Task) -> None:
     ray.shutdown()
 
 
-def ray_data(task: Task) -> None:
+def ray_data(task: Task, load: Load = load) -> None:
     """Pack with Ray Data; encoder=None: the images are encoded already."""
     import ray.data
 
@@ -157,7 +161,7 @@ def parquet(task: Task) -> None:
     print("counted", pyarrow.parquet.read_metadata(path).num_rows)
 
 
-def litdata(task: Task) -> None:
+def litdata(task: Task, load: Load = load) -> None:
     """Write the chunks of litdata."""
     os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = f"{task.output}/cache"
     import litdata
@@ -178,6 +182,42 @@ def pictures(task: Task) -> None:
         small = Image.frombytes("RGB", (32, 32), load(path)["jpg"])
         small.resize((256, 256)).save(f"{stem}.jpg", quality=85)
         shutil.copy(path[:-4] + ".txt", f"{stem}.txt")
+
+
+def photos(task: Task) -> None:
+    """Make real pictures of about 1 MB of the bytes in the samples of a folder."""
+    from PIL import Image
+
+    for path in images(task):
+        stem = f"{task.output}/{os.path.basename(path)[:-4]}"
+        small = Image.frombytes("RGB", (400, 300), load(path)["jpg"])
+        small.resize((1600, 1200)).save(f"{stem}.jpg", quality=96)
+        shutil.copy(path[:-4] + ".txt", f"{stem}.txt")
+
+
+def shrink(sample: dict[str, Any]) -> dict[str, Any]:
+    """Make a picture smaller, as examples/shrink.py does."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+    picture.thumbnail((256, 256))
+    picture.save(stream := io.BytesIO(), "JPEG", quality=90)
+    return {**sample, "jpg": stream.getvalue()}
+
+
+def shrink_file(path: str) -> dict[str, Any]:
+    """Make the picture of a sample smaller."""
+    return shrink(load(path))
+
+
+def ray_shrink(task: Task) -> None:
+    """Shrink and pack with Ray Data."""
+    ray_data(task, shrink_file)
+
+
+def litdata_shrink(task: Task) -> None:
+    """Shrink and write the chunks of litdata."""
+    litdata(task, shrink_file)
 
 
 def s3fs(task: Task) -> None:
