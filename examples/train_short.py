@@ -1,4 +1,4 @@
-"""Train on the demo's shards, in ten lines: predict how many words a picture's text has.
+"""Train on the demo's shards, in a short loop: predict how many words a picture's text has.
 
 In the folder of the project: pip install torch, then PYTHONPATH=. python examples/train_short.py.
 A stopped training begins again; train.py resumes where it stopped.

@@ -44,7 +44,7 @@ INCOMPLETE = Kind(
 DOUBLED = Kind(
     "doubled",
     "files whose key and field another has, in upper or lower case",
-    "rename one, or leave it out",
+    "rename one, or leave it, or its archive, out",
 )
 ALTERNATIVES = Kind(
     "two alternatives", "samples with two alternatives of one field", "remove one of them"

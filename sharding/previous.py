@@ -138,7 +138,8 @@ def _other(
     number = count(samples, "sample") if samples else _count(found)
     return InputError(
         f"{argument('output')} {output!r} holds {what}; it has {number} ({named}); choose another "
-        f"{argument('output')}, or give {argument('replace')} to replace it"
+        f"{argument('output')}, or give {argument('replace')} to replace it (to add to it, see "
+        "docs/repacking.md)"
     )
 
 

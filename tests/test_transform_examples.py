@@ -60,7 +60,7 @@ def test_shrink(pets: Path, tmp_path: Path) -> None:
         "run_parallel.sh", "--source", pets, "--fields=jpg", "--output", pets / "../p", spec
     )
     assert done.returncode == 2 and "sample 'birds/1': " in done.stderr, "a class that is not there"
-    assert "shrink.py', line 20: ValueError: " in done.stderr, done
+    assert "shrink.py', line 23: ValueError: " in done.stderr, done
 
 
 def test_classes(pets: Path, tmp_path: Path) -> None:
