@@ -627,8 +627,9 @@ def test_memory(bucket: Bucket, tmp_path: Path) -> None:
             writer.write(data)
     bucket.put("raw/large.txt")
     for number in range(200):
-        bucket.put(f"raw/{number}.jpg", os.urandom(300_000))
-        bucket.put(f"raw/{number}.txt", b"x")
+        (tmp_path / f"{number}.jpg").write_bytes(data[:300_000])
+        (tmp_path / f"{number}.txt").write_bytes(b"x")
+    bucket.upload(tmp_path, "raw/")
     code = (
         "import re, sys, create_webdataset as c; "
         "code = c.main(sys.argv[1:]); "
@@ -640,7 +641,6 @@ def test_memory(bucket: Bucket, tmp_path: Path) -> None:
     peak, code = done.stdout.split()[-2:]
     print(f"{int(peak) // 1_000} MB")
     assert code == "0" and int(peak) < 200_000, done
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
