@@ -266,6 +266,9 @@ def fields_to_read(record: Record) -> tuple[str, str]:
     """Return the fields that every sample has, and those that some have, for `open_webdataset`.
 
     They are spelled as the flags were, if the samples have what these say.
+
+    Raises:
+        InputError: a function made samples that have no field in common.
     """
     given, packed = record.given, record.packed
     fields: Fields = parse_fields(given.fields, given.optional_fields)
@@ -274,7 +277,14 @@ def fields_to_read(record: Record) -> tuple[str, str]:
     )
     if fit:
         return given.fields, given.optional_fields
+    if sum(packed.values()) == record.samples:  # one in each
+        return ";".join(packed), ""
     every = [field for field, number in packed.items() if number == record.samples]
+    if not every:
+        raise InputError(
+            f"no field is in all samples ({', '.join(packed)}): name the shards by a pattern, such "
+            f"as 'out/*.tar', and give {argument('fields')} and {argument('optional_fields')}"
+        )
     return ",".join(every), ",".join(field for field in packed if field not in every)
 
 

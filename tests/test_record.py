@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -662,3 +663,47 @@ def test_sha256sum_can_be_fed(place: tuple[Path, Path]) -> None:
     command = f"{line} {RECORD} | sha256sum --check"
     done = subprocess.run(command, shell=True, cwd=output, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count(": OK") == 3, done
+
+
+@pytest.mark.parametrize("what", ["folder", "unreadable"])
+def test_one_that_cannot_be_read(what: str, place: tuple[Path, Path], preload: str) -> None:
+    """It is no reason to take the dataset for one without a record, and to replace it."""
+    source, output = place
+    name, odd, said = output / RECORD, {}, "is damaged; delete it"
+    if what == "folder":
+        name.unlink()
+        name.mkdir()
+    else:
+        odd = {"LD_PRELOAD": preload, "STAT_ERRNO": str(errno.EIO), "STAT_PATH": RECORD}
+        said = "cannot be read: Input/output error"
+    before = hashes(output)
+    other = write_pairs(source.parent / "other", 6, seed=9)
+    flags = ["--source", other, "--output", output]
+    for script, *given in (
+        ["read_webdataset.py", "--path", output, "--quiet"],
+        ["run_parallel.sh", *flags],
+        ["create_webdataset.py", *flags, "--shard-id=0", "--total-shards=3"],
+    ):
+        done = run_script(script, *given, env=odd)
+        assert done.returncode == 1 and said in done.stderr, done
+        assert RECORD in done.stderr and "Traceback" not in done.stderr
+    assert {k: v for k, v in hashes(output).items() if "lock" not in k} == before
+
+
+@pytest.mark.parametrize(
+    ("made", "fields"),
+    [
+        ("{'jpg' if odd else 'png': b''}", "jpg;png"),
+        ("dict.fromkeys('ab' if odd else 'a', b'')", "a"),
+    ],
+)
+def test_a_function_that_makes_uneven_samples(made: str, fields: str, tmp_path: Path) -> None:
+    """The check needs no flags then, either."""
+    source, file = write_pairs(tmp_path / "source", 8), tmp_path / "f.py"
+    file.write_text(f"def f(s):\n    odd = int(s['__key__'][-1]) % 2\n    return {made}\n")
+    flags = ["--source", source, "--output", tmp_path / "o", f"--transform={file}:f"]
+    assert run_script("run_parallel.sh", *flags, "--num-workers=2").returncode == 0
+    assert check(tmp_path / "o") == 0
+    assert len(list(reader.open_webdataset(tmp_path / "o", decode=None))) == 8
+    found = record.load((tmp_path / "o" / RECORD).read_bytes(), "o")
+    assert record.fields_to_read(found)[0] == fields

@@ -173,14 +173,21 @@ def read_range(path: str, offset: int, size: int, version: Any) -> bytes:
 
 
 def read_record(path: str) -> bytes | None:
-    """Return the record in a folder, if there is one."""
+    """Return the record in a folder, if there is one; nothing of what is no file.
+
+    Raises:
+        PackError: it cannot be read, which is no reason to go on as if there were none.
+    """
     name = os.path.join(path, RECORD)
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not block
+        if not stat.S_ISREG(os.stat(name).st_mode):  # a FIFO must not block
+            return b""
+        with open(name, "rb") as stream:
+            return stream.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    with naming(name), open(fd, "rb") as stream:
-        return stream.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    except OSError as error:
+        raise PackError(f"{name!r} cannot be read: {error.strerror}") from None
 
 
 def write_record(path: str, data: bytes | None) -> None:
