@@ -72,7 +72,10 @@ def answer(**functions: Callable[..., Any]) -> None:
     asked = sys.stdin.buffer.readline()
     if not asked:  # who would ask has ended
         os._exit(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    asker, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # who reads it, a function of the user's say, would wait for ever
+    os.close(nothing)
+    threading.Thread(target=_end_with_parent, args=[asker], daemon=True).start()
     # Its end closes the pipe, not we: who waits would take us for done, and end us.
     with open(os.dup(1), "w", closefd=False) as stream:
         os.dup2(2, 1)  # what others print here is no answer
@@ -87,7 +90,7 @@ def _result(function: Callable[..., Any], arguments: Sequence[Any]) -> dict[str,
         return {"error": kind.__name__, "text": error.args[0]}
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(asker: int) -> None:
     """End this process as soon as the one that waits for its answer has ended."""
-    os.read(0, 1)  # not sys.stdin, whose lock this thread would hold when Python ends
+    os.read(asker, 1)  # not sys.stdin, whose lock this thread would hold when Python ends
     os._exit(1)

@@ -213,6 +213,7 @@ class _Apply:
 
     def fields_of(self, key: str, sample: dict[str, Any]) -> Mapping[str, Any] | None:
         """Call the function, and return the fields that are to be packed."""
+        process = os.getpid()
         try:
             found = self.call(sample)
         except KeyboardInterrupt:
@@ -220,6 +221,9 @@ class _Apply:
         except BaseException as error:  # SystemExit, too
             line = _line(error, self.path) or self.line
             raise self.error(key, _say(error), line) from None
+        finally:
+            if os.getpid() != process:  # the function has forked: two would write one shard
+                os._exit(1)
         if found is None:
             return None
         if not isinstance(found, Mapping):

@@ -728,3 +728,15 @@ def test_shards_that_are_missing(gone: list[int], packed) -> None:
         assert (f"missing shard: {shard_name(shard_id)}" in done.stderr) == (shard_id in gone)
     lost = sum(1 for line in done.stderr.splitlines() if line.startswith("missing sample"))
     assert lost and "misplaced" not in done.stderr
+
+
+@pytest.mark.parametrize("odd", ["os.fork()", "sys.stdin.read()"])
+def test_a_function_that_forks_or_reads(odd: str, place) -> None:
+    """Its child does not go on with our work, and nothing keeps it waiting."""
+    source, output, file = place
+    file.write_text(f"import os, sys\ndef change(sample):\n    {odd}\n    return sample\n")
+    done = run_script("run_parallel.sh", *flags_of(place), timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done
+    plain = source.parent / "plain"
+    assert run_script("run_parallel.sh", "--source", source, "--output", plain).returncode == 0
+    assert hashes(output, "shard-*") == hashes(plain, "shard-*")
