@@ -179,7 +179,8 @@ def _parse(value: Any) -> Record:
     shards = value.pop("shards")
     _insist(value.pop("version") == _VERSION and value.keys() == {"source", "digest", "packed"})
     _insist(isinstance(value["source"], str) and _DIGEST.fullmatch(value["digest"]))
-    _insist(given.replace_dots is None or len(given.replace_dots) == 1)
+    dots = given.replace_dots
+    _insist(dots is None or (isinstance(dots, str) and len(dots) == 1))
     _insist(type(given.skip_bad) is bool)
     _insist(given.shuffle is None or type(given.shuffle) is int)
     given.parsed()

@@ -191,3 +191,16 @@ def test_a_usual_header_is_one_of_ours(seed: int) -> None:
             assert encoded and encoded[-1:] != b"/"
             usual += 1
     assert 50 < usual < 450, usual
+
+
+def test_bytes_between_members_are_damage() -> None:
+    """No reader shows what stands in the padding behind a member."""
+    stream = io.BytesIO()
+    with archive.FastTarWriter(stream) as sink:
+        sink.write({"__key__": "a", "jpg": b"x", "txt": b"y"})
+    good = stream.getvalue()
+    for place in (archive.BLOCK + 1, 2 * archive.BLOCK - 1, 4 * archive.BLOCK - 1):
+        damaged = bytearray(good)
+        damaged[place] = 1
+        with pytest.raises(archive.Damaged, match="bytes other than zero behind the member"):
+            list(archive.read_members(io.BytesIO(damaged), len(damaged)))

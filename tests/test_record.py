@@ -115,6 +115,7 @@ DAMAGE: dict[str, Callable[[str], str]] = {
     "a path": lambda text: text.replace(shard_name(0), "../" + shard_name(0)),
     "fields": lambda text: text.replace('"jpg,txt"', '"jpg,jpg"'),
     "more": lambda text: text.replace('"digest"', '"run": "rm -r /", "digest"'),
+    "dots": lambda text: text.replace('"replace_dots": null', '"replace_dots": ["_"]'),
     "deep": lambda _: "[" * 100_000,
     "digits": lambda text: text.replace('"samples": 4', '"samples": ' + "9" * 10_000),
 }
@@ -260,6 +261,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "shard-000002.tar is missing": lambda o: (o / shard_name(2)).unlink(),
     "shard-000003.tar is one more": lambda o: shutil.copy(o / shard_name(0), o / shard_name(3)),
     "shard-000001.tar has 10 bytes": lambda o: (o / shard_name(1)).write_bytes(bytes(10)),
+    "shard-000001.tar has 99,999 bytes": lambda o: os.truncate(o / shard_name(1), 99_999),
 }
 
 
