@@ -98,7 +98,7 @@ def slow_answers(course: Course) -> list[Contestant]:
         for data, suffix in ((prefixes, ""), (one, ", one prefix"))
         for name, function in (
             ("listing", "packers.listing"),
-            ("one listing of obstore's", "packers.never_ahead"),
+            ("one listing of obstore's", "packers.serial"),
         )
     ]
     return [contestant._replace(env=env) for contestant in contestants]
