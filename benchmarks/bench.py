@@ -28,10 +28,11 @@ TARGETS = {name: targets for name, (_, targets) in GROUPS.items()}
 Work = dict[str, tuple[int, str]]  # samples and checksum, by contestant
 
 
-def race(course: Course, group: str, repeats: int, skipped: list[str]) -> Iterator[Row]:
+def race(
+    course: Course, group: str, repeats: int, skipped: list[str], commit: str
+) -> Iterator[Row]:
     """Run the contestants of a group in turn; yield each timed run."""
     date = datetime.now().isoformat(" ", "minutes")
-    commit = said("git", "-C", str(PROJECT), "describe", "--always", "--dirty")
     try:
         contestants = GROUPS[group][0](course)
     except Skipped as reason:
@@ -114,10 +115,12 @@ def main() -> int:
     command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
     head = f"- last command: `{command}`\n{surroundings(course.root)}"
     skipped: list[str] = []
+    # Before results are written, which would make it dirty.
+    commit = said("git", "-C", str(PROJECT), "describe", "--always", "--dirty")
     try:
         for group in groups:
             try:
-                runs = list(race(course, group, args.repeats, skipped))
+                runs = list(race(course, group, args.repeats, skipped, commit))
             finally:
                 course.stop_server()
             rows += runs
