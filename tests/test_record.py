@@ -667,7 +667,7 @@ def test_sha256sum_can_be_fed(place: tuple[Path, Path]) -> None:
     assert done.returncode == 0 and done.stdout.count(": OK") == 3, done
 
 
-@pytest.mark.parametrize("what", ["folder", "unreadable"])
+@pytest.mark.parametrize("what", ["folder", "dangling", "unreadable"])
 def test_one_that_cannot_be_read(what: str, place: tuple[Path, Path], preload: str) -> None:
     """It is no reason to take the dataset for one without a record, and to replace it."""
     source, output = place
@@ -675,6 +675,10 @@ def test_one_that_cannot_be_read(what: str, place: tuple[Path, Path], preload: s
     if what == "folder":
         name.unlink()
         name.mkdir()
+    elif what == "dangling":  # as tools leave it that keep files elsewhere, and have not got it
+        name.unlink()
+        name.symlink_to("elsewhere")
+        said = "cannot be read: No such file or directory"
     else:
         odd = {"LD_PRELOAD": preload, "STAT_ERRNO": str(errno.EIO), "STAT_PATH": RECORD}
         said = "cannot be read: Input/output error"

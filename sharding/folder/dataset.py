@@ -184,9 +184,10 @@ def read_record(path: str) -> bytes | None:
             return b""
         with open(name, "rb") as stream:
             return stream.read()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except OSError as error:
+        none = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        if none and not os.path.islink(name):  # of a link, what it leads to is not here now
+            return None
         raise PackError(f"{name!r} cannot be read: {error.strerror}") from None
 
 
