@@ -15,8 +15,8 @@ demo: .venv/ready ## ten samples (or what is in source_data) to shards and back
 	./run_parallel.sh
 	$(BIN)/python read_webdataset.py --path webdataset_output
 
-test: .venv/ready-dev ## run the test suite (about ten minutes)
-	@echo 'this takes about ten minutes on two cores'
+test: .venv/ready-dev ## run the test suite (about seven minutes)
+	@echo 'this takes about seven minutes on two cores'
 	$(BIN)/python -m pytest --ignore=tests/interop --ignore=tests/stores
 
 soak: .venv/ready-dev ## the test suite with long counts: kills, Ctrl-C, generated names
