@@ -35,9 +35,9 @@ class Pace:
 
     def took(self, things: int, seconds: float, busy: float) -> None:
         """Learn how long some things took, and how much of that the caller's thread was at work."""
-        self.things, self.seconds, self.busy = (
-            self.things + things, self.seconds + seconds, self.busy + busy
-        )  # fmt: skip
+        self.things += things
+        self.seconds += seconds
+        self.busy += busy
         width, left = self.stretch()
         if left > 0:
             return
@@ -72,15 +72,20 @@ def in_order(
     tasks: Iterable[Any],
     ahead: int,
     weigh: Callable[[Any], int] = lambda _: 1,
+    done: Callable[[Any], bool] = lambda _: False,
 ) -> Iterator[Any]:
     """Yield work(task) for each task, in order, while the pool works on those that follow.
 
     Args:
         ahead: the most tasks, or the most weight, that is begun and not yielded yet.
+        done: tells a task without work, which is yielded as it is if none waits before it.
     """
     begun: deque[tuple[Future[Any], int]] = deque()
     weight = 0
     for task in tasks:
+        if not begun and done(task):
+            yield task
+            continue
         heavy = weigh(task)
         while begun and weight + heavy > ahead:
             future, light = begun.popleft()

@@ -13,9 +13,8 @@ import os
 import sys
 import traceback
 import types
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -24,6 +23,7 @@ from sharding.batch import Batch
 from sharding.errors import InputError, PackError
 from sharding.faults import quote
 from sharding.messages import argument, explain
+from sharding.parallel import in_order
 from sharding.samples import Call, Function, Sample, Samples, Transform, is_field
 from sharding.urls import refuse_url
 
@@ -137,32 +137,22 @@ def _read_ahead(pool: Executor, tasks: Iterable[Task]) -> Iterator[Task]:
 
     What is whole already passes at no cost, unless it has to wait for its turn.
     """
-    waiting: deque[tuple[Future[Task], int]] = deque()
-    held = 0
-    for task in tasks:
-        large = _has_pieces(task[1])
-        if not (large or waiting):
-            yield task
-            continue
-        size = _size(task[1])
-        while waiting and held + size > AHEAD_BYTES:
-            future, freed = waiting.popleft()
-            held -= freed
-            yield future.result()
-        waiting.append((pool.submit(_read_whole, task), size))
-        held += size
-    while waiting:
-        yield waiting.popleft()[0].result()
+    return in_order(pool, _read_whole, tasks, AHEAD_BYTES, _size, _is_whole)
+
+
+def _is_whole(task: Task) -> bool:
+    return not _has_pieces(task[1])
 
 
 def _has_pieces(batch: Batch) -> bool:
     return any(type(content) is not bytes for content in batch.contents)
 
 
-def _size(batch: Batch) -> int:
-    """Return the bytes that a batch holds once it is read."""
-    size = sum(len(c) if isinstance(c, bytes) else c.size for c in batch.contents)
-    return max(size, FILE_BYTES * len(batch.contents))
+def _size(task: Task) -> int:
+    """Return the bytes that a task holds once it is read."""
+    contents = task[1].contents
+    size = sum(len(c) if isinstance(c, bytes) else c.size for c in contents)
+    return max(size, FILE_BYTES * len(contents))
 
 
 def _read_whole(task: Task) -> Task:
