@@ -26,12 +26,12 @@ from sharding.tars.walk import list_files as list_files
 NOTHING = "the archives hold no files"
 WHOLE_SIZE = 512 << 10  # bytes of a member that is read whole; larger ones are copied
 SPAN_SIZE = 4 << 20  # bytes that are read at a time, at most
-SLOW_READ = 0.0005  # seconds a sample; this and the next: see folder/source.py
-SLOW_BATCHES = 3
+SLOW_READ = 0.0005  # seconds a sample: a request to a server, not a read of a local disk
+SLOW_BATCHES = 3  # so many more slow batches than fast ones, and the rest is read ahead
 READ_THREADS, AHEAD_BYTES = 32, 48 << 20  # that read ahead, and what they may hold
 
 
-class Window(NamedTuple):
+class Reach(NamedTuple):
     """How much is read at a time."""
 
     samples: int
@@ -39,8 +39,8 @@ class Window(NamedTuple):
     gap: int  # bytes between two members that are read along with these
 
 
-FIRST, FAST = Window(1, 0, 16 << 10), Window(32, 1 << 20, 16 << 10)
-SLOW = Window(64, SPAN_SIZE, 256 << 10)  # a request takes as long as to read on that far, or longer
+FIRST, FAST = Reach(1, 0, 16 << 10), Reach(32, 1 << 20, 16 << 10)
+SLOW = Reach(64, SPAN_SIZE, 256 << 10)  # a request takes as long as to read on that far, or longer
 
 
 class Place(NamedTuple):
@@ -81,14 +81,14 @@ def read_batches(source: str, samples: Samples) -> Generator[Batch, None, None]:
     """Yield all samples in order, a few at a time; read ahead once reading turns out slow."""
     origins, left = samples.origins, iter(samples)
     tags = [_tag(origin) for origin in origins]
-    slow, window = 0, FIRST  # at first few, so that a slow disk is found out soon
+    slow, reach = 0, FIRST  # at first few, so that a slow disk is found out soon
     with contextlib.closing(Opened(origins)) as opened:
-        while slow < SLOW_BATCHES and (task := _next_task(left, window)):
+        while slow < SLOW_BATCHES and (task := _next_task(left, reach)):
             start = time.perf_counter()
-            batch = _read(opened.read, origins, tags, window, task)
+            batch = _read(opened.read, origins, tags, reach, task)
             is_slow = time.perf_counter() - start > SLOW_READ * task.samples
             slow = max(0, slow + (1 if is_slow else -1))
-            window = FIRST if is_slow else FAST
+            reach = FIRST if is_slow else FAST
             yield batch
     read = functools.partial(_read, functools.partial(read_range, origins), origins, tags, SLOW)
     tasks = iter(lambda: _next_task(left, SLOW), None)
@@ -99,8 +99,8 @@ def read_batches(source: str, samples: Samples) -> Generator[Batch, None, None]:
         pool.shutdown(cancel_futures=True)
 
 
-def _next_task(left: Iterator[Sample], window: Window) -> Task | None:
-    """Take the next few samples, as many as a window has room for; None if none are left."""
+def _next_task(left: Iterator[Sample], reach: Reach) -> Task | None:
+    """Take the next few samples, as many as a reach has room for; None if none are left."""
     names: list[str] = []
     places: list[Place] = []
     samples = held = 0
@@ -110,7 +110,7 @@ def _next_task(left: Iterator[Sample], window: Window) -> Task | None:
         for place in _places(sample):
             places.append(place)
             held += place.size if place.size <= WHOLE_SIZE else 0
-        if samples == window.samples or held >= window.size:
+        if samples == reach.samples or held >= reach.size:
             break
     return Task(samples, names, places) if samples else None
 
@@ -144,7 +144,7 @@ def _read(
     read: Callable[[int, int, int], bytes],
     origins: Sequence[Origin],
     tags: Sequence[int],
-    window: Window,
+    reach: Reach,
     task: Task,
 ) -> Batch:
     """Read a few samples; large members are left to be copied later.
@@ -154,7 +154,7 @@ def _read(
     """
     places = task.places
     contents: list[Any] = [b""] * len(places)
-    for archive, begin, end, members in _spans(places, window.gap):
+    for archive, begin, end, members in _spans(places, reach.gap):
         data = read(archive, begin, end - begin)
         if len(data) < end - begin:
             raise PackError(f"{origins[archive].path!r} {CHANGED}")

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from sharding import faults
-from sharding.archive import BLOCK, Damaged, Window, read_members
+from sharding.archive import BLOCK, SCAN_SIZE, Damaged, Window, read_members
 from sharding.errors import InputError
 from sharding.messages import argument, count, explain
 from sharding.parallel import in_order
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from sharding.scan import FolderScan, Scan
 
 NAMES_AT_ONCE = 4_096
-SCAN_SIZE = 4 << 10  # bytes read at a time where headers alone are wanted
 SCAN_THREADS = 8  # that list archives side by side, where that is mostly waiting
 
 
