@@ -175,23 +175,22 @@ def litdata(task: Task, load: Load = load) -> None:
 
 def pictures(task: Task) -> None:
     """Make real pictures, 256 pixels wide and high, of the bytes in the samples of a folder."""
-    from PIL import Image
-
-    for path in images(task):
-        stem = f"{task.output}/{os.path.basename(path)[:-4]}"
-        small = Image.frombytes("RGB", (32, 32), load(path)["jpg"])
-        small.resize((256, 256)).save(f"{stem}.jpg", quality=85)
-        shutil.copy(path[:-4] + ".txt", f"{stem}.txt")
+    draw(task, (32, 32), (256, 256), 85)
 
 
 def photos(task: Task) -> None:
     """Make real pictures of about 1 MB of the bytes in the samples of a folder."""
+    draw(task, (400, 300), (1600, 1200), 96)
+
+
+def draw(task: Task, pixels: tuple[int, int], size: tuple[int, int], quality: int) -> None:
+    """Make pictures of a size, whose bytes are so many pixels, enlarged."""
     from PIL import Image
 
     for path in images(task):
         stem = f"{task.output}/{os.path.basename(path)[:-4]}"
-        small = Image.frombytes("RGB", (400, 300), load(path)["jpg"])
-        small.resize((1600, 1200)).save(f"{stem}.jpg", quality=96)
+        small = Image.frombytes("RGB", pixels, load(path)["jpg"])
+        small.resize(size).save(f"{stem}.jpg", quality=quality)
         shutil.copy(path[:-4] + ".txt", f"{stem}.txt")
 
 
